@@ -15,7 +15,7 @@ import triton.language as tl
 from gossamer.triton_kernels.common import aot_signature, clamped, sigmoid
 
 if TYPE_CHECKING:
-    from gossamer.ops.causal_conv1d import CausalConv, CausalConvBackward, CausalConvGradients, CausalConvStep
+    from gossamer.ops.causal_conv1d import CausalConv, CausalConvBackward, CausalConvStep
 
 WARPS = 4
 # Values per tile, and the size of its contiguous side: channels if channels are adjacent in memory, positions if
@@ -337,25 +337,25 @@ def causal_conv1d(args: CausalConv) -> tuple[torch.Tensor, torch.Tensor]:
     return y, state
 
 
-def causal_conv1d_backward(backward: CausalConvBackward, found: CausalConvGradients) -> None:
+def causal_conv1d_backward(backward: CausalConvBackward, found: dict[str, torch.Tensor]) -> None:
     """Write the gradients into the tensors in ``found``; ``dy`` is laid out like ``x``."""
     args, dfinal = backward.forward, _contiguous(backward.dfinal_state)
     x, operands, tile = args.x, _operands(args), _tile(args, BACKWARD)
     batch, length, channels = x.shape
     dy, taps = _dense(backward.dy, args.along_channels), tile["W"]
     tiles = triton.cdiv(length, tile["BLOCK_T"])
-    wanted = found.weight is not None or found.bias is not None
+    wanted = "weight" in found or "bias" in found
     partial = torch.empty(batch * tiles, taps + 1, channels, dtype=torch.float32, device=x.device) if wanted else None
-    if x.numel() and (wanted or found.x is not None):
+    if x.numel() and (wanted or "x" in found):
         grid = tiles, triton.cdiv(channels, tile["BLOCK_C"]), batch
-        _causal_conv1d_backward_kernel[grid](operands, dy, dfinal, found.x, partial, num_warps=WARPS, **tile)
+        _causal_conv1d_backward_kernel[grid](operands, dy, dfinal, found.get("x"), partial, num_warps=WARPS, **tile)
     if wanted:
         sums = partial.sum(0)
-        if found.weight is not None:
-            found.weight.copy_(sums[:taps].T)
-        if found.bias is not None:
-            found.bias.copy_(sums[taps])
-    if found.initial_state is not None and found.initial_state.numel():
+        if "weight" in found:
+            found["weight"].copy_(sums[:taps].T)
+        if "bias" in found:
+            found["bias"].copy_(sums[taps])
+    if "initial_state" in found and found["initial_state"].numel():
         block, block_s = (
             min(128, triton.next_power_of_2(channels)),
             min(16, triton.next_power_of_2(operands.state_size)),
@@ -363,7 +363,7 @@ def causal_conv1d_backward(backward: CausalConvBackward, found: CausalConvGradie
         grid = args.num_sequences, triton.cdiv(channels, block), triton.cdiv(operands.state_size, block_s)
         form = {name: tile[name] for name in ("W", "SILU", "ALONG_CHANNELS")}
         form |= {"PACKED": args.cu_seqlens is not None, "BLOCK_S": block_s, "BLOCK_C": block}
-        _initial_state_gradient_kernel[grid](operands, dy, dfinal, found.initial_state, num_warps=WARPS, **form)
+        _initial_state_gradient_kernel[grid](operands, dy, dfinal, found["initial_state"], num_warps=WARPS, **form)
 
 
 def causal_conv1d_step(args: CausalConvStep) -> torch.Tensor:

@@ -25,6 +25,6 @@ def delta_rule_step(args: DeltaRule) -> torch.Tensor:
 
 
 def delta_rule_backward(call: DeltaRuleBackward) -> dict[str, torch.Tensor]:
-    """The gradients named in ``call.wanted``."""
+    """The gradients named in ``call.needs``."""
     found = run_backward(call.forward.args, call.d_o, call.dfinal_state)._asdict()
-    return {name: found[name] for name in call.names}
+    return {name: found[name] for name in call.needs}

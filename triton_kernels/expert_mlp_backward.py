@@ -54,7 +54,7 @@ from gossamer.triton_kernels.tiles import Problem, Tile, choose, with_update
 if TYPE_CHECKING:
     from gossamer.ops._groups import Groups
     from gossamer.ops._weights import Weight
-    from gossamer.ops.expert_mlp import ExpertMlpBackward, ExpertMlpGradients
+    from gossamer.ops.expert_mlp import ExpertMlpBackward
 
 
 @triton.jit
@@ -345,8 +345,8 @@ def _sharing(tables: RowTables) -> Products:
 
 def expert_mlp_backward(
     args: ExpertMlpBackward, overwrite: bool, products: Products | None = None
-) -> ExpertMlpGradients:
-    """The gradients named in ``args.needs``, None for others.
+) -> dict[str, torch.Tensor]:
+    """The gradients that ``args.needs`` names.
 
     d(preact) is written over ``preact`` when ``overwrite``; ``products`` are those of this module unless given.
     """
@@ -355,10 +355,10 @@ def expert_mlp_backward(
     inputs = forward.inputs()
     num_rows, top_k = groups.slots.shape[0], forward.weights.shape[1]
     if num_rows == 0:
-        return tuple(torch.zeros_like(t) if name in needs else None for name, t in inputs.items())
+        return {name: torch.zeros_like(inputs[name]) for name in needs}
     tables: RowTables = {}
     products = products or _sharing(tables)
-    found = dict.fromkeys(inputs)
+    found = {}
     x, dy = unit_columns(forward.x), unit_columns(args.dy)
     first, second = gate_up.with_factors_in(x.dtype), down.with_factors_in(x.dtype)
     forward = forward._replace(x=x, weights=forward.weights.contiguous())
@@ -420,7 +420,7 @@ def expert_mlp_backward(
         factor_gradient(args.s1, dpreact, groups.slots, groups.offsets, 0, db, True, scale=first.factor)
     if "gate_up.bias" in needs:
         found["gate_up.bias"] = group_sums(dpreact, groups, 0)
-    return tuple(found.values())
+    return found
 
 
 AOT_FORMS = (

@@ -127,7 +127,7 @@ def test_expert_layers(seed, rank, form):
         needs = [name for name, tensor in args.inputs().items() if tensor is not None]
         backward = ExpertMlpBackward(torch.randn(T, H), args, preact.clone(), s1, s2, needs)
         gradients = triton_expert_mlp.expert_mlp_backward(backward, overwrite=True)
-        assert sum(gradient is not None for gradient in gradients) == len(needs)
+        assert sum(gradient is not None for gradient in gradients.values()) == len(needs)
 
 
 def test_routing_weight_gradients_of_ragged_rows():
@@ -238,13 +238,12 @@ def test_dispatch_of_foreign_ids(size):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_packed_convolutions(seed):
     """Forward, final states and gradients where the sequences' bounds hold anything."""
-    from gossamer.ops.causal_conv1d import CausalConv, CausalConvBackward, CausalConvGradients
+    from gossamer.ops.causal_conv1d import CausalConv, CausalConvBackward
     from gossamer.triton_kernels import causal_conv1d
 
     draw = torch.Generator().manual_seed(seed)
     x, state, weight = torch.randn(1, SLOTS, 4), torch.randn(E, 4, 3), torch.randn(4, 4)
     args = CausalConv(x, weight, torch.randn(4), state, drawn(draw, E + 1, SLOTS).long(), True, True)
     y, final = causal_conv1d.causal_conv1d(args)
-    found = CausalConvGradients(*(torch.zeros_like(t) for t in (x, weight, args.bias, state)))
-    wanted = ["x", "weight", "bias", "initial_state"]
-    causal_conv1d.causal_conv1d_backward(CausalConvBackward(torch.randn_like(y), final, wanted, args), found)
+    found = {name: torch.zeros_like(getattr(args, name)) for name in ("x", "weight", "bias", "initial_state")}
+    causal_conv1d.causal_conv1d_backward(CausalConvBackward(torch.randn_like(y), final, list(found), args), found)

@@ -256,8 +256,8 @@ def test_operators_and_compiled(kernel_backend, device, gate):
     with torch.no_grad():
         o, state, kept = torch.ops.gossamer.delta_rule(*flat)
     plain_args = [x.detach() if isinstance(x, torch.Tensor) else x for x in flat[:-1]]
-    wanted = [getattr(args, name) is not None for name in _GRADIENTS]
-    gradients = (*plain_args, kept, torch.ones_like(o), torch.ones_like(state), wanted, kernel_backend)
+    needs = [name for name in _GRADIENTS if getattr(args, name) is not None]
+    gradients = (*plain_args, kept, torch.ones_like(o), torch.ones_like(state), needs, kernel_backend)
     torch.library.opcheck(torch.ops.gossamer.delta_rule_backward.default, gradients)
     token = [None if x is None else x[:, :1].detach() for x in operands]
     state = given["initial_state"].detach().clone()

@@ -10,7 +10,7 @@ from gossamer import _C
 from gossamer.cpu_kernels._native import DTYPES, empty_huge, matrix, unit_rows, vector
 
 if TYPE_CHECKING:
-    from gossamer.ops.causal_conv1d import CausalConv, CausalConvBackward, CausalConvGradients, CausalConvStep
+    from gossamer.ops.causal_conv1d import CausalConv, CausalConvBackward, CausalConvStep
 
 
 def _cube(tensor: torch.Tensor | None) -> tuple[int, int, int, int, int]:
@@ -47,17 +47,17 @@ def causal_conv1d(args: CausalConv) -> tuple[torch.Tensor, torch.Tensor]:
     return y, state
 
 
-def causal_conv1d_backward(args: CausalConvBackward, found: CausalConvGradients) -> None:
+def causal_conv1d_backward(args: CausalConvBackward, found: dict[str, torch.Tensor]) -> None:
     """Write the gradients into the tensors in ``found``; ``dy`` is laid out like ``x``."""
     conv, _offsets = _arguments(args.forward)
     _C.causal_conv1d_backward(
         conv,
         _cube(args.dy),
         _cube(args.dfinal_state),
-        _cube(found.x),
-        matrix(found.weight),
-        vector(found.bias),
-        _cube(found.initial_state),
+        _cube(found.get("x")),
+        matrix(found.get("weight")),
+        vector(found.get("bias")),
+        _cube(found.get("initial_state")),
         torch.get_num_threads(),
     )
 

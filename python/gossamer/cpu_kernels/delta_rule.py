@@ -132,8 +132,8 @@ def step_of_tokens(
 
 
 def delta_rule_backward(call: DeltaRuleBackward) -> dict[str, torch.Tensor]:
-    """The gradients named in ``call.wanted``."""
-    args, wanted = call.forward.args, call.names
+    """The gradients named in ``call.needs``."""
+    args, wanted = call.forward.args, frozenset(call.needs)
     wide = torch.promote_types(args.q.dtype, torch.float32)
     gated = wanted & {"g", "a_log", "dt_bias"}
     found = {name: empty_huge(tuple(getattr(args, name).shape), args.q.dtype) for name in wanted & {"q", "k", "v"}}

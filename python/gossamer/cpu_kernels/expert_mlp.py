@@ -24,7 +24,7 @@ from gossamer.cpu_kernels._native import (
 
 if TYPE_CHECKING:
     from gossamer.ops._weights import Weight
-    from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward, ExpertMlpGradients, ExpertMlpOutput
+    from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward, ExpertMlpOutput
 
 _ABSENT = (0, 0, 0, 0)
 _NO_UPDATE = (_ABSENT, _ABSENT, 0, 1.0, 0)
@@ -79,53 +79,51 @@ def expert_mlp(args: ExpertMlp) -> ExpertMlpOutput:
     return y, preact, s1, s2
 
 
-def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> ExpertMlpGradients:
-    """The gradients named in ``args.needs``, None for others; those of weights are laid out like the weights."""
-    forward, needs = args.forward, args.needs
+def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> dict[str, torch.Tensor]:
+    """The gradients named in ``args.needs``; those of weights are laid out like the weights."""
+    forward, needs, found = args.forward, args.needs, {}
     x, dy, preact = unit_rows(forward.x), unit_rows(args.dy), args.preact.contiguous()
     gate_up, down = forward.gate_up.with_factors_in(x.dtype), forward.down.with_factors_in(x.dtype)
     factors = [f for w in (forward.gate_up, forward.down) for f in (w.a, w.b) if f is not None]
     # The widest dtype among the factors and x; gradients in narrower dtypes are rounded at the end.
     factor_dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors), x.dtype)
 
-    def gradients(name: str, weight: Weight) -> tuple[tuple[torch.Tensor | None, ...], tuple]:
-        """Gradients of a weight, its bias and its factors, and their form as arguments of ``_C``."""
-        data = bias = a = b = None
+    def places(name: str, weight: Weight) -> tuple:
+        """Make the gradients of a weight, its bias and its factors; returns their addresses as arguments of ``_C``."""
+        data, bias, a, b = f"{name}.data", f"{name}.bias", f"{name}.a", f"{name}.b"
         transposed = stored_transposed(weight.data)
-        if f"{name}.data" in needs:
-            data = empty_gradient(tuple(weight.data.shape), x.dtype, transposed)
-        if f"{name}.bias" in needs:
-            bias = torch.empty(weight.bias.shape, dtype=x.dtype)
-        if f"{name}.a" in needs:
-            a = torch.empty(weight.a.shape, dtype=factor_dtype)
-        if f"{name}.b" in needs:
-            b = torch.empty(weight.b.shape, dtype=factor_dtype)
-        return (data, bias, a, b), ((pointer(data), transposed), pointer(bias), (pointer(a), pointer(b)))
+        if data in needs:
+            found[data] = empty_gradient(tuple(weight.data.shape), x.dtype, transposed)
+        if bias in needs:
+            found[bias] = torch.empty(weight.bias.shape, dtype=x.dtype)
+        if a in needs:
+            found[a] = torch.empty(weight.a.shape, dtype=factor_dtype)
+        if b in needs:
+            found[b] = torch.empty(weight.b.shape, dtype=factor_dtype)
+        at_data, at_bias, at_a, at_b = [pointer(found.get(part)) for part in (data, bias, a, b)]
+        return (at_data, transposed), at_bias, (at_a, at_b)
 
-    dx = torch.empty(x.shape, dtype=x.dtype) if "x" in needs else None
-    # Zeros, because dropped slots get no gradient.
-    weights = forward.weights
-    dweights = torch.zeros(weights.shape, dtype=weights.dtype) if "weights" in needs else None
-    of_gate_up, gate_up_places = gradients("gate_up", forward.gate_up)
-    of_down, down_places = gradients("down", forward.down)
+    if "x" in needs:
+        found["x"] = torch.empty(x.shape, dtype=x.dtype)
+    if "weights" in needs:
+        # Zeros, because dropped slots get no gradient.
+        found["weights"] = torch.zeros(forward.weights.shape, dtype=forward.weights.dtype)
+    gate_up_places, down_places = places("gate_up", forward.gate_up), places("down", forward.down)
     if x.numel() and dy.numel():
         _C.expert_mlp_backward(
             layer=_layer(forward, x, gate_up, down, preact, args.s1, args.s2),
             dy=matrix(dy),
-            dx=pointer(dx),
+            dx=pointer(found.get("x")),
             gate_up=gate_up_places,
             down=down_places,
-            dweights=matrix(dweights),
+            dweights=matrix(found.get("weights")),
             factor_dtype=DTYPES[factor_dtype],
             num_threads=torch.get_num_threads(),
         )
     else:
-        for gradient in (dx, *of_gate_up, *of_down):
-            if gradient is not None:
-                gradient.zero_()
-
-    def rounded(found: tuple, weight: Weight) -> tuple[torch.Tensor | None, ...]:
-        data, bias, a, b = found
-        return data, bias, a if a is None else a.to(weight.a.dtype), b if b is None else b.to(weight.b.dtype)
-
-    return dx, dweights, *rounded(of_gate_up, forward.gate_up), *rounded(of_down, forward.down)
+        for gradient in found.values():
+            gradient.zero_()
+    if factors:
+        inputs = forward.inputs()
+        return {name: gradient.to(inputs[name].dtype) for name, gradient in found.items()}
+    return found

@@ -19,7 +19,7 @@ from gossamer.triton_kernels import expert_mlp_backward as triton_backward
 from gossamer.triton_kernels.gather_reduce import sum_slots
 
 if TYPE_CHECKING:
-    from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward, ExpertMlpGradients, ExpertMlpOutput
+    from gossamer.ops.expert_mlp import ExpertMlp, ExpertMlpBackward, ExpertMlpOutput
 
 
 def _up_projection(args: ExpertMlp) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -109,7 +109,7 @@ def _down_backward(
 _PRODUCTS = triton_backward.Products(_down_backward, rows_times_weight, weight_gradient)
 
 
-def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> ExpertMlpGradients:
+def expert_mlp_backward(args: ExpertMlpBackward, overwrite: bool) -> dict[str, torch.Tensor]:
     """As :func:`gossamer.triton_kernels.expert_mlp_backward.expert_mlp_backward`, with the products here.
 
     Raises:

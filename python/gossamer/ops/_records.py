@@ -12,7 +12,8 @@ one without):
 1. the record, whose docstring gives shapes and dtypes; arguments that several primitives share, such as the lists of
    ids of :class:`gossamer.ops._bags.Bags`, are a nested record;
 2. ``_kernels(backend)``, which imports a family's module by its name;
-3. the kernel ``(args, backend)`` and the fake ``(args)``, handed to :func:`define`;
+3. the kernel ``(args, backend)`` and the fake ``(args)``, handed to :func:`define`, and those of a backward pass with
+   a kernel of its own to :func:`define_gradients`;
 4. ``save`` and ``backward`` for :meth:`Operator.differentiate`;
 5. the public function: its checks, the record, one call.
 
@@ -216,7 +217,7 @@ class Operator:
         self._tensor_places = [i for i, kind in enumerate(layout.schema_types) if kind in ("Tensor", "Tensor?")]
         self._tensor_paths = [layout.paths[i] for i in self._tensor_places]
         self._tensors = _tuple_getter(attrgetter, self._tensor_paths)
-        self._differentiable: Callable | None = None
+        self._apply: Callable | None = None
         self._direct = not any("Tensor[]" in kind for kind in (*layout.schema_types, returns))
 
     def __call__(self, args: Any, backend: str) -> Any:
@@ -231,9 +232,10 @@ class Operator:
         kernel = self._kernel if given[0].is_cpu else self._kernel_there
         if not (is_grad_enabled() and _any_requires_grad(*given)):
             return kernel(args, backend)
-        if self._differentiable is None:
+        if self._apply is None:
             return self._dispatched(*self._layout.flatten(args), backend)
-        return self._differentiable(kernel, tensors, args, backend)
+        flags = tuple([tensor is not None and tensor.requires_grad for tensor in tensors])
+        return self._apply(*compress(tensors, flags), flags, kernel, tensors, args, backend)
 
     def differentiate(self, save: Callable, backward: Callable) -> None:
         """Give the operator a backward pass.
@@ -306,13 +308,7 @@ class Operator:
                 return *map(by_name.get, ctx.names), None, None, None, None, None
 
         # torch.autograd.Function.apply without support for torch.func transformations, which the caller has excluded.
-        apply = super(torch.autograd.Function, Direct).apply
-
-        def direct(kernel, tensors, args, backend):
-            flags = tuple([tensor is not None and tensor.requires_grad for tensor in tensors])
-            return apply(*compress(tensors, flags), flags, kernel, tensors, args, backend)
-
-        self._differentiable = direct
+        self._apply = super(torch.autograd.Function, Direct).apply
 
 
 def define(
@@ -335,3 +331,46 @@ def define(
         TypeError: a field has a type that schemas do not support, or ``mutates`` names an unknown field.
     """
     return Operator(name, record, kernel, fake, returns, tuple(mutates))
+
+
+def define_gradients(
+    name: str,
+    record: type,
+    arguments: Sequence[str],
+    *,
+    kernel: Callable[[Any, str], dict[str, torch.Tensor]],
+    fake: Callable[[Any], dict[str, torch.Tensor]],
+    mutates: Iterable[str] = (),
+) -> Callable[[Any, str], dict[str, torch.Tensor]]:
+    """Define the operator of a backward pass, whose results are gradients by their arguments' names.
+
+    Args:
+        name: of the operator.
+        record: of its arguments, as for :func:`define`; its field ``needs: list[str]`` names the gradients wanted.
+        arguments: names of all differentiable arguments, in the order of the operator's results.
+        kernel: ``(args, backend) -> gradients``, those needed alone.
+        fake: ``args -> gradients``, the shape-only implementation.
+        mutates: as for :func:`define`.
+
+    Returns:
+        A function ``(args, backend) -> gradients``, those needed.
+    """
+
+    def listed(found: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        return tuple(map(found.get, arguments))
+
+    results = ", ".join(f"Tensor d{argument.replace('.', '_')}" for argument in arguments)
+    operator = define(
+        name,
+        record,
+        kernel=lambda args, backend: listed(kernel(args, backend)),
+        fake=lambda args: listed(fake(args)),
+        returns=f"({results})",
+        mutates=mutates,
+    )
+
+    def gradients(args: Any, backend: str) -> dict[str, torch.Tensor]:
+        found = dict(zip(arguments, operator(args, backend), strict=True))
+        return {argument: found[argument] for argument in args.needs}
+
+    return gradients

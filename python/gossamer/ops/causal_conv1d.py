@@ -21,7 +21,7 @@ from gossamer._checks import (
     check_shape,
     check_tensor,
 )
-from gossamer.ops._records import define
+from gossamer.ops._records import define, define_gradients
 from gossamer.ops._sequences import check_bounds, check_cu_seqlens, num_sequences
 
 LEAST_TAPS, MOST_TAPS = 2, 8
@@ -75,17 +75,8 @@ class CausalConvBackward(NamedTuple):
 
     dy: torch.Tensor
     dfinal_state: torch.Tensor | None
-    wanted: list[str]
+    needs: list[str]
     forward: CausalConv
-
-
-class CausalConvGradients(NamedTuple):
-    """The gradients that the kernels write; None where not wanted."""
-
-    x: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    initial_state: torch.Tensor | None
 
 
 class CausalConvStep(NamedTuple):
@@ -174,36 +165,21 @@ _causal_conv1d = define(
 )
 
 
-def _backward_fake(args: CausalConvBackward) -> tuple[torch.Tensor, ...]:
-    """A tensor for each gradient, empty where it is not wanted."""
-    x = args.forward.x
-    found = []
-    for name in DIFFERENTIABLE:
-        if name not in args.wanted:
-            found.append(x.new_empty(0))
-        elif name == "x":
-            found.append(empty_laid_out(x, args.forward.along_channels))
-        else:
-            of = getattr(args.forward, name)
-            found.append(of.new_empty(of.shape))
-    return tuple(found)
+def _empty_gradients(args: CausalConvBackward) -> dict[str, torch.Tensor]:
+    tensors = {name: getattr(args.forward, name) for name in args.needs}
+    found = {name: tensor.new_empty(tensor.shape) for name, tensor in tensors.items() if name != "x"}
+    return found | ({"x": empty_laid_out(tensors["x"], args.forward.along_channels)} if "x" in tensors else {})
 
 
-def _backward(args: CausalConvBackward, backend: str) -> tuple[torch.Tensor, ...]:
-    found, along = _backward_fake(args), args.forward.along_channels
+def _backward(args: CausalConvBackward, backend: str) -> dict[str, torch.Tensor]:
+    found, along = _empty_gradients(args), args.forward.along_channels
     forward = args.forward._replace(x=laid_out(args.forward.x, along))
-    pairs = zip(DIFFERENTIABLE, found, strict=True)
-    wanted = CausalConvGradients(*(tensor if name in args.wanted else None for name, tensor in pairs))
-    _kernels(backend).causal_conv1d_backward(args._replace(dy=laid_out(args.dy, along), forward=forward), wanted)
+    _kernels(backend).causal_conv1d_backward(args._replace(dy=laid_out(args.dy, along), forward=forward), found)
     return found
 
 
-_causal_conv1d_backward = define(
-    "causal_conv1d_backward",
-    CausalConvBackward,
-    kernel=_backward,
-    fake=_backward_fake,
-    returns="(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
+_causal_conv1d_backward = define_gradients(
+    "causal_conv1d_backward", CausalConvBackward, DIFFERENTIABLE, kernel=_backward, fake=_empty_gradients
 )
 
 
@@ -215,8 +191,8 @@ def _save(ctx, args: CausalConv, output):
 
 
 def _differentiate(ctx, args: CausalConv, tensors, dy, dfinal_state):
-    wanted = [name for name in DIFFERENTIABLE if name in ctx.needs]
-    if not wanted or (dy is None and dfinal_state is None):
+    needs = [name for name in DIFFERENTIABLE if name in ctx.needs]
+    if not needs or (dy is None and dfinal_state is None):
         return {}
     if dy is None:
         dy = torch.zeros_like(args.x)
@@ -226,11 +202,10 @@ def _differentiate(ctx, args: CausalConv, tensors, dy, dfinal_state):
         # Plain torch serves second derivatives.
         y, state = causal_conv1d_reference(args)
         outputs, above = ((y,), (dy,)) if dfinal_state is None else ((y, state), (dy, dfinal_state))
-        leaves = [getattr(args, name) for name in wanted]
+        leaves = [getattr(args, name) for name in needs]
         found = torch.autograd.grad(outputs, leaves, above, create_graph=True, materialize_grads=True)
-        return dict(zip(wanted, found, strict=True))
-    found = _causal_conv1d_backward(CausalConvBackward(dy, dfinal_state, wanted, args), ctx.backend)
-    return {name: tensor for name, tensor in zip(DIFFERENTIABLE, found, strict=True) if name in wanted}
+        return dict(zip(needs, found, strict=True))
+    return _causal_conv1d_backward(CausalConvBackward(dy, dfinal_state, needs, args), ctx.backend)
 
 
 _causal_conv1d.differentiate(_save, _differentiate)

@@ -26,7 +26,7 @@ from gossamer._checks import (
 )
 from gossamer.ops import _delta_rule_reference
 from gossamer.ops._delta_rule_reference import DeltaRule, accumulator
-from gossamer.ops._records import define
+from gossamer.ops._records import define, define_gradients
 from gossamer.ops._registration import is_plain
 
 # Number of tokens between the states that a family's forward pass saves for the backward pass.
@@ -59,7 +59,7 @@ class DeltaRuleForward(NamedTuple):
 
 # Dtypes of the operands, and the dtype of sums and states for each.
 _WIDE = {dtype: accumulator(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
-# The fields that have gradients, in the order of the operator's results.
+# The fields that have gradients.
 _GRADIENTS = ("q", "k", "v", "beta", "g", "a_log", "dt_bias", "initial_state")
 
 
@@ -71,19 +71,14 @@ class DeltaRuleBackward(NamedTuple):
         checkpoints: the states that it saved.
         d_o: the gradient of its output.
         dfinal_state: that of the final state, or None.
-        wanted: which gradients are needed, in the order of q, k, v, beta, g, a_log, dt_bias and initial_state.
+        needs: names of the fields of the delta rule whose gradients are needed.
     """
 
     forward: DeltaRuleForward
     checkpoints: torch.Tensor
     d_o: torch.Tensor
     dfinal_state: torch.Tensor | None
-    wanted: list[bool]
-
-    @property
-    def names(self) -> set[str]:
-        """The fields of the delta rule whose gradients are wanted."""
-        return {name for name, wanted in zip(_GRADIENTS, self.wanted, strict=True) if wanted}
+    needs: list[str]
 
 
 @functools.cache
@@ -123,25 +118,17 @@ _delta_rule = define(
 )
 
 
-def _backward(call: DeltaRuleBackward, backend: str) -> tuple[torch.Tensor, ...]:
-    found = _kernels(backend).delta_rule_backward(call)
-    return tuple(_empty_unless(found.get(name), call.d_o) for name in _GRADIENTS)
+def _backward(call: DeltaRuleBackward, backend: str) -> dict[str, torch.Tensor]:
+    return _kernels(backend).delta_rule_backward(call)
 
 
-def _backward_fake(call: DeltaRuleBackward) -> tuple[torch.Tensor, ...]:
-    args, wanted = call.forward.args, call.names
-    return tuple(
-        getattr(args, name).new_empty(getattr(args, name).shape) if name in wanted else call.d_o.new_empty(0)
-        for name in _GRADIENTS
-    )
+def _backward_fake(call: DeltaRuleBackward) -> dict[str, torch.Tensor]:
+    tensors = {name: getattr(call.forward.args, name) for name in call.needs}
+    return {name: tensor.new_empty(tensor.shape) for name, tensor in tensors.items()}
 
 
-_delta_rule_backward = define(
-    "delta_rule_backward",
-    DeltaRuleBackward,
-    kernel=_backward,
-    fake=_backward_fake,
-    returns=f"({', '.join(f'Tensor d{name}' for name in _GRADIENTS)})",
+_delta_rule_backward = define_gradients(
+    "delta_rule_backward", DeltaRuleBackward, _GRADIENTS, kernel=_backward, fake=_backward_fake
 )
 
 
@@ -155,9 +142,9 @@ def _differentiate(ctx, call: DeltaRuleForward, tensors, d_o, dfinal_state, _):
         return {}
     if d_o is None:
         d_o = torch.zeros_like(call.args.v)
-    wanted = [f"args.{name}" in ctx.needs for name in _GRADIENTS]
-    found = _delta_rule_backward(DeltaRuleBackward(call, *tensors, d_o, dfinal_state, wanted), ctx.backend)
-    return {f"args.{name}": d for name, d, want in zip(_GRADIENTS, found, wanted, strict=True) if want}
+    needs = [name for name in _GRADIENTS if f"args.{name}" in ctx.needs]
+    found = _delta_rule_backward(DeltaRuleBackward(call, *tensors, d_o, dfinal_state, needs), ctx.backend)
+    return {f"args.{name}": gradient for name, gradient in found.items()}
 
 
 _delta_rule.differentiate(_save, _differentiate)

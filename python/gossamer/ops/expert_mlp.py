@@ -23,7 +23,7 @@ from gossamer._checks import (
 from gossamer._layout import stored_transposed
 from gossamer.ops._groups import Groups
 from gossamer.ops._overwrite import may_overwrite
-from gossamer.ops._records import define
+from gossamer.ops._records import define, define_gradients
 from gossamer.ops._weights import Weight, as_weight, round_rows
 from gossamer.ops.activate import activate
 from gossamer.ops.dispatch import Dispatch, check_dispatch
@@ -139,8 +139,6 @@ class ExpertMlpBackward(NamedTuple):
 
 # y, and, if saved, the pre-activation, s1 and s2 as in ExpertMlpBackward.
 ExpertMlpOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-# In the order of GRADIENTS, None where not needed.
-ExpertMlpGradients = tuple[torch.Tensor | None, ...]
 GRADIENTS = (
     "x",
     "weights",
@@ -184,7 +182,7 @@ _expert_mlp = define(
 )
 
 
-def _backward(args: ExpertMlpBackward, backend: str, overwrite: bool = False) -> ExpertMlpGradients:
+def _backward(args: ExpertMlpBackward, backend: str, overwrite: bool = False) -> dict[str, torch.Tensor]:
     return _kernels(backend).expert_mlp_backward(args, overwrite)
 
 
@@ -195,22 +193,21 @@ def _empty_gradient(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(like.shape)
 
 
-def _backward_fake(args: ExpertMlpBackward) -> ExpertMlpGradients:
-    inputs = args.forward.inputs().items()
-    return tuple(_empty_gradient(like) if name in args.needs else None for name, like in inputs)
+def _backward_fake(args: ExpertMlpBackward) -> dict[str, torch.Tensor]:
+    inputs = args.forward.inputs()
+    return {name: _empty_gradient(inputs[name]) for name in args.needs}
 
 
-_GRADIENT_NAMES = ", ".join(f"Tensor d{name.replace('.', '_')}" for name in GRADIENTS)
-_expert_mlp_backward = define(
-    "expert_mlp_backward", ExpertMlpBackward, kernel=_backward, fake=_backward_fake, returns=f"({_GRADIENT_NAMES})"
+_expert_mlp_backward = define_gradients(
+    "expert_mlp_backward", ExpertMlpBackward, GRADIENTS, kernel=_backward, fake=_backward_fake
 )
 # The same, with d(preact) written over preact, which is as large as all other activations together.
-_expert_mlp_backward_ = define(
+_expert_mlp_backward_ = define_gradients(
     "expert_mlp_backward_",
     ExpertMlpBackward,
+    GRADIENTS,
     kernel=functools.partial(_backward, overwrite=True),
     fake=_backward_fake,
-    returns=f"({_GRADIENT_NAMES})",
     mutates=("preact",),
 )
 
@@ -232,8 +229,7 @@ def _differentiate(ctx, args: ExpertMlp, tensors: tuple, dy: torch.Tensor | None
     preact, s1, s2 = tensors
     overwrites = ctx.backend != "native" and may_overwrite(preact)
     operator = _expert_mlp_backward_ if overwrites else _expert_mlp_backward
-    found = operator(ExpertMlpBackward(dy, args, preact, s1, s2, sorted(ctx.needs)), ctx.backend)
-    return {name: gradient for name, gradient in zip(GRADIENTS, found, strict=True) if name in ctx.needs}
+    return operator(ExpertMlpBackward(dy, args, preact, s1, s2, sorted(ctx.needs)), ctx.backend)
 
 
 _expert_mlp.differentiate(_save, _differentiate)

@@ -14,7 +14,7 @@ from gossamer import _backend
 from gossamer._autocast import autocast
 from gossamer._checks import check_float, check_same_device, check_same_dtype, check_scale, check_shape, last_size
 from gossamer.ops._philox import drop
-from gossamer.ops._records import define
+from gossamer.ops._records import define, define_gradients
 from gossamer.ops._weights import Weight, as_weight, round_rows
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
 from gossamer.ops.quantized_weight import Float8Weight, Int8Weight, NF4Weight, QuantizedWeight
@@ -113,7 +113,7 @@ class LowRankBackward(NamedTuple):
     factor_dtype: torch.dtype
 
 
-# The differentiable arguments, in the order of the backward operator's results.
+# The differentiable arguments.
 GRADIENTS = ("x", "weight.data", "weight.a", "weight.b", "bias")
 
 
@@ -141,12 +141,11 @@ _low_rank_linear = define(
 )
 
 
-def _backward(args: LowRankBackward, backend: str) -> tuple[torch.Tensor, ...]:
-    found = _kernels(backend).low_rank_linear_backward(args)
-    return tuple(found[name] if name in args.needs else args.dy.new_empty(0) for name in GRADIENTS)
+def _backward(args: LowRankBackward, backend: str) -> dict[str, torch.Tensor]:
+    return _kernels(backend).low_rank_linear_backward(args)
 
 
-def _backward_fake(args: LowRankBackward) -> tuple[torch.Tensor, ...]:
+def _backward_fake(args: LowRankBackward) -> dict[str, torch.Tensor]:
     dy, x, weight = args.dy, args.forward.x, args.forward.weight
     m, n = dy.shape
     shapes = {
@@ -157,19 +156,11 @@ def _backward_fake(args: LowRankBackward) -> tuple[torch.Tensor, ...]:
         "bias": lambda: (n,),
     }
     dtypes = {"weight.a": args.factor_dtype, "weight.b": args.factor_dtype}
-    return tuple(
-        dy.new_empty(shapes[name](), dtype=dtypes.get(name)) if name in args.needs else dy.new_empty(0)
-        for name in GRADIENTS
-    )
+    return {name: dy.new_empty(shapes[name](), dtype=dtypes.get(name)) for name in args.needs}
 
 
-# Each is empty unless it is needed.
-_low_rank_linear_backward = define(
-    "low_rank_linear_backward",
-    LowRankBackward,
-    kernel=_backward,
-    fake=_backward_fake,
-    returns="(Tensor dx, Tensor dweight, Tensor da, Tensor db, Tensor dbias)",
+_low_rank_linear_backward = define_gradients(
+    "low_rank_linear_backward", LowRankBackward, GRADIENTS, kernel=_backward, fake=_backward_fake
 )
 
 
@@ -189,8 +180,7 @@ def _differentiate(ctx, args: LowRank, tensors, dy: torch.Tensor | None, _):
         return {}
     needs = [name for name in GRADIENTS if name in ctx.needs]
     backward = LowRankBackward(dy, *tensors, args, needs, ctx.factor_dtype)
-    found = zip(GRADIENTS, _low_rank_linear_backward(backward, ctx.backend), strict=True)
-    return {name: gradient for name, gradient in found if name in needs}
+    return _low_rank_linear_backward(backward, ctx.backend)
 
 
 _low_rank_linear.differentiate(_save, _differentiate)

@@ -21,7 +21,7 @@ from gossamer._checks import (
     check_written,
     last_size,
 )
-from gossamer.ops._records import Layout, define
+from gossamer.ops._records import Layout, define, define_gradients
 from gossamer.ops._registration import register
 from gossamer.ops.dispatch import Dispatch, check_dispatch, dispatch
 from gossamer.ops.low_rank import base_linear, check_factor_dtype, check_rank
@@ -168,7 +168,7 @@ class MultiLowRankBackward(NamedTuple):
     needs: list[str]
 
 
-# The differentiable arguments, in the order of the backward operator's results.
+# The differentiable arguments.
 GRADIENTS = ("x", "a", "b")
 
 
@@ -217,22 +217,17 @@ _multi_low_rank_ = define(
 )
 
 
-def _gradients(args: MultiLowRankBackward, backend: str) -> tuple[torch.Tensor, ...]:
-    found = _kernels(backend).multi_low_rank_backward(args)
-    return tuple(found[name] if name in found else getattr(args.forward, name).new_empty(0) for name in GRADIENTS)
+def _backward(args: MultiLowRankBackward, backend: str) -> dict[str, torch.Tensor]:
+    return _kernels(backend).multi_low_rank_backward(args)
 
 
-def _gradients_fake(args: MultiLowRankBackward) -> tuple[torch.Tensor, ...]:
-    tensors = {name: getattr(args.forward, name) for name in GRADIENTS}
-    return tuple(t.new_empty(t.shape if name in args.needs else (0,)) for name, t in tensors.items())
+def _backward_fake(args: MultiLowRankBackward) -> dict[str, torch.Tensor]:
+    tensors = {name: getattr(args.forward, name) for name in args.needs}
+    return {name: tensor.new_empty(tensor.shape) for name, tensor in tensors.items()}
 
 
-_multi_low_rank_backward = define(
-    "multi_low_rank_backward",
-    MultiLowRankBackward,
-    kernel=_gradients,
-    fake=_gradients_fake,
-    returns="(Tensor dx, Tensor da, Tensor db)",
+_multi_low_rank_backward = define_gradients(
+    "multi_low_rank_backward", MultiLowRankBackward, GRADIENTS, kernel=_backward, fake=_backward_fake
 )
 
 
@@ -241,9 +236,7 @@ def _factor_gradients(dy, s, args: MultiLowRank, needed, backend: str) -> dict[s
     needs = [name for name in GRADIENTS if name in needed]
     if not needs:
         return {}
-    backward = MultiLowRankBackward(dy.reshape(-1, args.b.shape[1]), s, args, needs)
-    found = dict(zip(GRADIENTS, _multi_low_rank_backward(backward, backend), strict=True))
-    return {name: found[name] for name in needs}
+    return _multi_low_rank_backward(MultiLowRankBackward(dy.reshape(-1, args.b.shape[1]), s, args, needs), backend)
 
 
 def _check_saved(args: MultiLowRank) -> None:
