@@ -50,6 +50,7 @@ if DEVICE == "cpu" and importlib.util.find_spec("triton"):
     interpreter.run_programs_in_any_order()
     interpreter.refuse_foreign_addresses()
     interpreter.patch_language_once()
+    interpreter.combine_whole_slices()
 
 
 def _dtypes(backend: str) -> list[torch.dtype]:

@@ -71,6 +71,33 @@ def patch_language_once() -> None:
     interpreter._patch_lang, GridExecutor.__call__ = patch_lang, call
 
 
+def combine_whole_slices() -> None:
+    """Have a reduction by any function combine slices along its axis, in the same order, not one element at a time."""
+
+    def generic_reduce(self, input):
+        parts, axis = self.unravel(input, self.axis)
+        of_parts = [np.moveaxis(part.handle.data, axis, 0) for part in parts]
+
+        def at(i):
+            return tuple(self.to_tensor(data[i], part.dtype) for data, part in zip(of_parts, parts, strict=True))
+
+        found = at(0)
+        for i in range(1, len(of_parts[0])):
+            found = self.combine_fn.fn(*found, *at(i))
+            found = found if isinstance(found, tuple) else (found,)
+        results = []
+        for result, part in zip(found, parts, strict=True):
+            data, shape = result.handle.data, input[0].handle.data.shape
+            if self.keep_dims:
+                data = data.reshape([1 if self.axis in (None, d) else size for d, size in enumerate(shape)])
+            elif part.handle.data.ndim == 1:
+                data = data.item()
+            results.append(self.to_tensor(data, part.dtype))
+        return results
+
+    interpreter.ReduceOps.generic_reduce = generic_reduce
+
+
 def refuse_foreign_addresses() -> None:
     """Make loads, stores and atomics raise if an unmasked lane leaves the tensors of the launch."""
     begins, ends = np.empty(0, np.uint64), np.empty(0, np.uint64)
