@@ -4,9 +4,13 @@ The script ends with ``processes.main(CASES)``; a test module has ``processes.ca
 ``processes.run(SCRIPT, world, folder)``.
 """
 
+import ast
+import contextlib
+import importlib
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -29,26 +33,49 @@ def cases_of(script):
 
 def run(script, world, folder, timeout=300, killed=()):
     """The findings of every process by case: a failure, or an empty string; none from ranks that get ``killed``."""
-    processes = []
-    for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "HF_HUB_OFFLINE": "1"}
-        with (folder / f"{rank}.txt").open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, script, folder],
-                    env=os.environ | place | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+    place = {"WORLD_SIZE": str(world), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, script, folder]
+    parent = subprocess.Popen(
+        command, env=os.environ | place, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        codes = [process.wait(timeout=timeout) for process in processes]
+        codes = parent.communicate(timeout=timeout)[0]
     finally:
-        for process in processes:
-            process.kill()
+        # The parent and its children.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
+    assert parent.returncode == 0, "the script's imports failed"
     said = "\n".join((folder / f"{rank}.txt").read_text()[-2000:] for rank in range(world))
-    assert codes == [-signal.SIGKILL if rank in killed else 0 for rank in range(world)], said
+    expected = [-signal.SIGKILL if rank in killed else 0 for rank in range(world)]
+    assert json.loads(codes.splitlines()[-1]) == expected, said
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world) if rank not in killed]
+
+
+def divide(script, folder):
+    """Import what a script imports, then fork one process per rank: importing torch in each would take seconds.
+
+    Each process runs the script. The parent prints their exit codes.
+    """
+    for statement in ast.parse(script.read_text()).body:
+        if isinstance(statement, ast.Import):
+            for module in statement.names:
+                importlib.import_module(module.name)
+        elif isinstance(statement, ast.ImportFrom):
+            importlib.import_module(statement.module)
+    children = []
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        if child := os.fork():
+            children.append(child)
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (folder / f"{rank}.txt").open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        sys.argv = [str(script), str(folder)]
+        runpy.run_path(str(script), run_name="__main__")
+        return
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
 
 
 def main(cases, timeout=120):
@@ -82,3 +109,7 @@ def all_ranks_raise(kind, words, function, *args, **keywords):
         assert len(set(found)) == 1, found
         return
     raise AssertionError(f"{words!r} was not raised")
+
+
+if __name__ == "__main__":
+    divide(Path(sys.argv[1]), Path(sys.argv[2]))
