@@ -36,19 +36,18 @@ def topk_routing(args: TopkRouting) -> tuple[torch.Tensor, torch.Tensor]:
     return weights, ids
 
 
+def _backward(args: TopkRoutingBackward | MassRoutingBackward, router: tuple, logits: torch.Tensor) -> torch.Tensor:
+    """``dlogits`` of the shape of the logits, which ``router`` points to."""
+    dweights, dlogits = args.dweights.contiguous(), torch.empty(*logits.shape, dtype=torch.float32)
+    pointers = (args.ids.data_ptr(), args.weights.data_ptr(), dweights.data_ptr(), dlogits.data_ptr())
+    _C.topk_routing_backward(router, *pointers, torch.get_num_threads())
+    return dlogits
+
+
 def topk_routing_backward(args: TopkRoutingBackward) -> torch.Tensor:
     """``dlogits (T, E)``."""
-    logits, dweights = unit_rows(args.forward.logits), args.dweights.contiguous()
-    dlogits = torch.empty(*logits.shape, dtype=torch.float32)
-    _C.topk_routing_backward(
-        _router(logits, args.forward),
-        args.ids.data_ptr(),
-        args.weights.data_ptr(),
-        dweights.data_ptr(),
-        dlogits.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return dlogits
+    logits = unit_rows(args.forward.logits)
+    return _backward(args, _router(logits, args.forward), logits)
 
 
 def _shares(logits: torch.Tensor, slots: int) -> tuple:
@@ -76,14 +75,5 @@ def mass_routing(args: MassRouting) -> tuple[torch.Tensor, torch.Tensor]:
 
 def mass_routing_backward(args: MassRoutingBackward) -> torch.Tensor:
     """``dlogits`` of the shape of the logits."""
-    logits, dweights = unit_rows(args.forward.logits), args.dweights.contiguous()
-    dlogits = torch.empty(*logits.shape, dtype=torch.float32)
-    _C.topk_routing_backward(
-        _shares(logits, args.ids.shape[1]),
-        args.ids.data_ptr(),
-        args.weights.data_ptr(),
-        dweights.data_ptr(),
-        dlogits.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return dlogits
+    logits = unit_rows(args.forward.logits)
+    return _backward(args, _shares(logits, args.ids.shape[1]), logits)
