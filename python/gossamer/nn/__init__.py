@@ -40,6 +40,7 @@ from gossamer.nn.linear.lora_factors import lora_plus_groups
 from gossamer.nn.linear.low_rank import LoRAEmbedding, LoRALinear
 from gossamer.nn.linear.prune_and_regrow import PruneAndRegrow
 from gossamer.nn.linear.quantized import QuantizedLinear
+from gossamer.nn.moe.capacity import limit_capacity
 from gossamer.nn.moe.cartesian import CartesianMoE, product_routing
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.experts.basis import BasisExperts
@@ -83,7 +84,6 @@ from gossamer.nn.moe.routers.tree import TreeRouter, tree_gates
 from gossamer.nn.moe.routing import (
     Routing,
     given_experts,
-    limit_capacity,
     sigmoid_probabilities,
     sigmoid_topk,
     smooth_step,

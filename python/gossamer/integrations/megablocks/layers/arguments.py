@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer._checks import check_positive
-from gossamer.nn.moe.routing import check_capacity_factor, check_selection
+from gossamer.nn.moe.capacity import check_capacity_factor
+from gossamer.nn.moe.routing import check_selection
 
 DEFAULT_ACTIVATION_FN = functools.partial(F.gelu, approximate="tanh")
 _DEFAULT_INIT = functools.partial(nn.init.normal_, mean=0.0, std=0.02)

@@ -10,7 +10,8 @@ from gossamer.integrations.megablocks.layers import _records, sharedexpert_regis
 from gossamer.integrations.megablocks.layers.arguments import Arguments, check_arguments
 from gossamer.integrations.megablocks.layers.mlp import MLP
 from gossamer.integrations.megablocks.layers.router import LearnedRouter
-from gossamer.nn.moe.routing import Routing, expert_capacity, limit_capacity
+from gossamer.nn.moe.capacity import expert_capacity, limit_capacity
+from gossamer.nn.moe.routing import Routing
 
 # Records saved by callers, which belong to no layer; only clear_load_balancing_loss removes them.
 _saved: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gossamer._checks import check_traceable
-from gossamer.nn.moe.routing import Routing, check_hidden, given_experts, limit_capacity
+from gossamer.nn.moe.capacity import limit_capacity
+from gossamer.nn.moe.routing import Routing, check_hidden, given_experts
 
 
 class ExpertExchange(Protocol):

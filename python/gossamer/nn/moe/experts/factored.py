@@ -11,9 +11,9 @@ from torch import nn
 
 from gossamer._activation import Activation, as_activation
 from gossamer._checks import check_positive
+from gossamer.nn.moe.capacity import check_capacity_factor
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.experts.grouped import Experts
-from gossamer.nn.moe.routing import check_capacity_factor
 
 
 class FactoredExperts(ExpertLayer):

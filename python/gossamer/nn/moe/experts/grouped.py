@@ -7,10 +7,11 @@ from torch import nn
 
 from gossamer._activation import Activation, as_activation, check_interleaved
 from gossamer._checks import check_flags, check_positive
+from gossamer.nn.moe.capacity import check_capacity_factor
 from gossamer.nn.moe.experts.base import Columns, ExpertLayer
 from gossamer.nn.moe.experts.block_sparse import best_block, block_sparse_mlp
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
-from gossamer.nn.moe.routing import Routing, check_capacity_factor
+from gossamer.nn.moe.routing import Routing
 from gossamer.ops.expert_mlp import expert_mlp
 
 FORMS = ("grouped", "block_sparse")

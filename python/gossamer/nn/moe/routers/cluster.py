@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer._checks import check_number, check_positive, check_seed
+from gossamer.nn.moe.capacity import check_capacity_factor, limit_capacity
 from gossamer.nn.moe.routers.base import StepCount
 from gossamer.nn.moe.routers.linear import LinearRouter
-from gossamer.nn.moe.routing import Routing, as_logits, check_capacity_factor, limit_capacity
+from gossamer.nn.moe.routing import Routing, as_logits
 from gossamer.ops.topk_routing import select_experts
 
 # The temperature of the probabilities for balance losses, independent of the gates' learnt temperature.

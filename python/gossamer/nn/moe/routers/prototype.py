@@ -8,13 +8,12 @@ from functools import partial
 import torch
 
 from gossamer._checks import check_positive
+from gossamer.nn.moe.capacity import check_capacity_factor, limit_capacity
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import (
     Routing,
     as_logits,
-    check_capacity_factor,
     check_finite_logits,
-    limit_capacity,
     softmax_probabilities,
     softmax_topk,
 )
