@@ -148,6 +148,7 @@ def widths(nbytes, num_embeddings, embedding_dim):
 
 # What the tables call their sizes.
 widths.signature = ["num_embeddings", "embedding_dim"]
+widths.fixed = ("rows",)
 
 
 def searched_widths(rng):
