@@ -32,6 +32,8 @@ class HashEmbedding(SharedRowsTable):
     Source: Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
     """
 
+    quick_addresses = True
+
     def __init__(self, num_embeddings: int, embedding_dim: int, num_rows: int, **options: object) -> None:
         super().__init__(num_embeddings, embedding_dim, num_rows, **options)
         self._maps = IdMaps.of([num_rows])

@@ -38,6 +38,8 @@ class FrequencyEmbedding(SharedRowsTable):
     Compression", VLDB 2024.
     """
 
+    quick_addresses = True
+
     def __init__(
         self,
         num_embeddings: int,
@@ -104,6 +106,8 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
 
     Source: Wu et al., "GraphHash: Graph Clustering Enables Parameter Efficiency in Recommender Systems", WWW 2025.
     """
+
+    quick_addresses = True
 
     def __init__(
         self,

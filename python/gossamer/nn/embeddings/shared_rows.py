@@ -68,6 +68,9 @@ class SharedRowsTable(FusedTable):
         self.reset_parameters()
         self.attach(optimizer)
 
+    #: Whether :meth:`addresses` reads or maps ids in one operator.
+    quick_addresses = False
+
     def reset_parameters(self) -> None:
         """Redraw the rows and reset the optimizer."""
         variance = 1 / (3 * self.num_embeddings)
@@ -109,8 +112,10 @@ class SharedRowsTable(FusedTable):
         """Rows are found, combined and pooled as ids are read; vectors are stored for maxima alone."""
         check_index("ids", ids)
         check_same_device(weight=self.weight, ids=ids)
-        parts = self.parts()
-        if parts is None or (self.mode == "max" and self.rows_per_id == 1):
+        parts, one = self.parts(), self.rows_per_id == 1
+        steps = self.optimizer is not None and torch.is_grad_enabled()
+        # A step reads the rows a second time: storing them takes less time than finding them again.
+        if parts is None or (one and (self.mode == "max" or (steps and self.quick_addresses))):
             return self.bags("weight", self.addresses(ids), *lists, **how)
         if self.mode == "max":
             return super()._pool(ids, *lists, **how)
