@@ -33,6 +33,7 @@ DOCUMENTS = (
     "docs/compressed-embeddings.md",
     "docs/linear-attention.md",
     "docs/parallel.md",
+    "docs/quantized-experts.md",
 )
 MARKED = re.compile(r"(<!-- measured: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
