@@ -96,7 +96,8 @@ GOSSAMER_INLINE Vec<float> cleaned(const float* logits, int valid) {
   return x > -kMasked ? splat(-kMasked) : x;
 }
 
-// Whole vectors of x as e^(x − highest), of which the sum is returned; nothing of masked experts. `top` has the highest in a lane.
+// Writes e^(x − highest) in whole vectors, 0 for masked experts, and returns the sum. `top` has the highest in one of its
+// lanes.
 inline float exponentials(const float* x, int64_t experts, Vec<float> top, float* to) {
   float highest = top[0];
   for (int lane = 1; lane < kLanes<float>; ++lane) highest = std::max(highest, top[lane]);
@@ -109,7 +110,7 @@ inline float exponentials(const float* x, int64_t experts, Vec<float> top, float
   return sum_lanes<float>(total);
 }
 
-// Whole vectors of x as the logits cleaned, masked behind the last one; the highest of them in some lane of what is returned.
+// Writes the cleaned logits in whole vectors, masked after the last one. The result has the highest logit in one of its lanes.
 inline Vec<float> clean_row(const float* logits, int64_t experts, float* x) {
   constexpr int n = kLanes<float>;
   Vec<float> top = splat(kMasked);

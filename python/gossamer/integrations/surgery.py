@@ -1,14 +1,14 @@
-"""Surgery on other people's models: find modules, say why not, swap, mark, undo.
+"""Shared by adapters that change other people's models: find modules, explain refusals, swap, mark, undo.
 
-The adapters ``compress``, ``embeddings``, ``peft``, ``quantized``, ``sparsify`` and ``transformers`` are over this one.
-An adapter marks each module it changes with its own name and what is needed to undo the change. Marks lie in the
-module, so copies, parts of a model and models around it are restored too. To be undone, an adapter module offers
+The adapters ``compress``, ``embeddings``, ``peft``, ``quantized``, ``sparsify`` and ``transformers`` use it. An adapter
+marks each module it changes with its own name and what is needed to undo the change. Marks lie in the module, so
+copies, parts of a model and models around it are restored too. To be undone, an adapter module offers
 
 * ``undo_obstacle(module, before) -> str | None``: why a marked module cannot be undone now;
 * ``undo(module, before) -> nn.Module``: the module that takes its place, itself where it was changed in place.
 
 Adapters that :func:`gossamer.replace` calls also offer ``survey(model, strict) -> Survey``, which changes nothing and
-raises what it refuses, ``swap(model, survey) -> Replacement``, and, where they are called unasked,
+raises what it refuses, ``swap(model, survey) -> Replacement``, and, if they are called without being named,
 ``holds_layers(model) -> bool``. All surveys run before the first swap.
 """
 

@@ -34,7 +34,7 @@ class ResumeExperts(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Watch what is loaded into the model."""
+        """Start to keep the tensors that are loaded under names unknown to the model."""
         model = kwargs.get("model")
         if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
             model.register_load_state_dict_pre_hook(self._keep)

@@ -103,7 +103,7 @@ class Parts(NamedTuple):
 
     @property
     def whole_blocks(self) -> bool:
-        """Whether parts are blocks of one size of which none is broken by the array's end."""
+        """Whether all parts are blocks of one size, and the array's end breaks none of them."""
         return self.block > 0 and not self.wrap and (self.maps.count == 1 or self.dim % self.block == 0)
 
     @property

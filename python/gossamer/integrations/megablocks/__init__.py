@@ -3,8 +3,8 @@
 ``from gossamer.integrations.megablocks.layers.dmoe import dMoE`` replaces ``from megablocks.layers.dmoe import dMoE``,
 and so on. Parameters keep their names and layouts, so checkpoints load.
 
-A layer in training notes what its balance loss needs: one note a layer, replaced by its next call and gone with the
-layer, so nothing grows where a step forgets to clear. Within a step::
+A layer in training records what its balance loss needs. It keeps one record, which its next call replaces and which is
+freed with the layer, so memory does not grow if a step forgets to clear. Within a step::
 
     output, bias = layer(x)
     loss = task_loss(output) + batched_load_balancing_loss(args)

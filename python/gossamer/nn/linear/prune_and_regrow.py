@@ -38,7 +38,7 @@ def moved_mask(mask: torch.Tensor, norms: torch.Tensor, growth: torch.Tensor, co
     Returns:
         A mask with as many blocks.
     """
-    # Below every norm, so that dropping the lowest cannot choose what is no block.
+    # Positions without a block rank last, so that they are never dropped.
     dropped = highest((-norms).masked_fill(~mask, -math.inf), count)
     kept = mask & ~dropped
     return kept | highest(growth.masked_fill(kept, -1.0), count)
