@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_flag, check_floating, check_number, check_positive, check_seed, check_shape
+from gossamer._checks import (
+    check_flag,
+    check_floating,
+    check_has_numbers,
+    check_number,
+    check_positive,
+    check_seed,
+    check_shape,
+)
 
 SELECTIONS = ("uniform", "random", "variance")
 
@@ -55,6 +63,7 @@ def from_text_embeddings(
     if not len(vectors):
         raise ValueError("vectors must have at least one row, got 0")
     check_floating("vectors", vectors)
+    check_has_numbers("vectors", vectors)
     if select not in SELECTIONS:
         raise ValueError(f"select must be one of {SELECTIONS}, got {select!r}")
     if not bool(vectors.isfinite().all()):

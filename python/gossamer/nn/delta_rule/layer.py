@@ -168,6 +168,8 @@ class DeltaRuleLayer(nn.Module):
             check_shape("mask", mask, tuple(x.shape[:2]), "(B, T)")
             x = x * mask.unsqueeze(-1).to(x.dtype)
         b, t, _ = x.shape
+        if state is not None and state.recurrent.shape[0] != b:
+            raise ValueError(f"state must be of as many sequences as x has, {b}, got {state.recurrent.shape[0]}")
         one_token = state is not None and t == 1 and not torch.is_grad_enabled()
         mixed = self._convolved(self.qkv_proj(x), state, cu_seqlens, one_token)
         q, k, v = mixed.split(self._sizes, dim=-1)

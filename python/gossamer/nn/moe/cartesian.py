@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import MAX_SIZE, check_number, check_positive
+from gossamer._checks import MAX_SIZE, check_number, check_positive, check_same_device, check_shape
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.layer import MoE
 from gossamer.nn.moe.routing import Routing, check_hidden
@@ -201,7 +201,7 @@ def product_routing(first: Routing, second: Routing) -> Routing:
 
     Raises:
         TypeError: one is not a Routing.
-        ValueError: they have different numbers of tokens.
+        ValueError: they have different numbers of tokens or are on different devices, or logits have another shape.
     """
     for name, routing in (("first", first), ("second", second)):
         if not isinstance(routing, Routing):
@@ -214,6 +214,15 @@ def product_routing(first: Routing, second: Routing) -> Routing:
             f"first and second must be of the same tokens, got {first.num_tokens} and {second.num_tokens} of them"
         )
     e, f = first.num_experts, second.num_experts
+    tensors = {
+        f"{name}.{part}": getattr(routing, part)
+        for name, routing in (("first", first), ("second", second))
+        for part in ("expert_ids", "weights", "logits")
+    }
+    check_same_device(**tensors)
+    for name, routing in (("first", first), ("second", second)):
+        if routing.logits is not None:
+            check_shape(f"{name}.logits", routing.logits, (routing.num_tokens, routing.num_experts), "(T, E)")
     left, right = first.expert_ids.unsqueeze(2), second.expert_ids.unsqueeze(1)
     ids = torch.where((left < e) & (right < f), left * f + right, e * f).flatten(1)
     weights = (first.weights.unsqueeze(2) * second.weights.unsqueeze(1)).flatten(1)
