@@ -29,6 +29,31 @@ GOSSAMER_INLINE Vec<Accumulator<T>> load_first(const T* from, int n) {
 #endif
 }
 
+// load_first() of at most kMost lanes by a load of no more, since one that reaches into the next cache line costs two even if no lane
+// of it is wanted.
+template <int kMost, class T>
+GOSSAMER_INLINE Vec<Accumulator<T>> load_few(const T* from, int n) {
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+  const uint32_t lanes = (1u << n) - 1;
+  constexpr bool half = kMost <= kLanes<Accumulator<T>> / 2, quarter = kMost <= kLanes<Accumulator<T>> / 4;
+  if constexpr (std::is_same_v<T, float> && quarter) {
+    return (Vec<float>)_mm512_zextps128_ps512(_mm_maskz_loadu_ps(static_cast<__mmask8>(lanes), from));
+  } else if constexpr (std::is_same_v<T, float> && half) {
+    return (Vec<float>)_mm512_zextps256_ps512(_mm256_maskz_loadu_ps(static_cast<__mmask8>(lanes), from));
+  } else if constexpr (std::is_same_v<T, double> && half) {
+    return (Vec<double>)_mm512_zextpd256_pd512(_mm256_maskz_loadu_pd(static_cast<__mmask8>(lanes), from));
+  } else if constexpr (sizeof(T) == 2 && half) {
+    const __m128i bits = _mm_maskz_loadu_epi16(static_cast<__mmask8>(lanes), from);
+    __m256 values;
+    if constexpr (std::is_same_v<T, int16_t>) values = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(bits));
+    if constexpr (std::is_same_v<T, BFloat16>) values = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    if constexpr (std::is_same_v<T, Float16>) values = _mm256_cvtph_ps(bits);
+    return (Vec<float>)_mm512_zextps256_ps512(values);
+  }
+#endif
+  return load_first(from, n);
+}
+
 template <class T>
 GOSSAMER_INLINE void store_first(T* to, Vec<Accumulator<T>> v, int n) {
   if (n == kLanes<Accumulator<T>>) return store(to, v);
@@ -280,8 +305,8 @@ bool rows_are_near(const Index* ids, int64_t count, int64_t table_bytes) {
   return repeated >= kLeast;
 }
 
-// Sums kVectors vectors of columns of rows of bags. The last of them has `last` lanes; of eight, all.
-template <int kVectors, bool kWeighted, class T, class Index, class O>
+// Sums kVectors vectors of columns of rows of bags. The last of them has `last` lanes, kMost or fewer; of eight, all.
+template <int kVectors, int kMost, bool kWeighted, class T, class Index, class O>
 __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Index, kWeighted>& lists, const BagRange<T>& range,
                                               int64_t column, int last, O* out) {
   using S = Accumulator<T>;
@@ -333,7 +358,7 @@ __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Inde
         if constexpr (kWeighted) weight *= run.weights[i];
         for (int v = 0; v < kVectors; ++v) {
           const T* from = row + v * kLanes<S>;
-          const Vec<S> value = kWhole || v + 1 < kVectors ? load(from) : load_first(from, last);
+          const Vec<S> value = kWhole || v + 1 < kVectors ? load(from) : load_few<kMost>(from, last);
           if constexpr (kWeighted || kIsCode<T>) {
             sum[v] = fma(value, splat(weight), sum[v]);
           } else {
@@ -391,20 +416,29 @@ void reduce_range(const GatherArgs& a, const BagRange<T>& range) {
     part.first_bag = bag;
     part.last_bag = bag + step;
     int64_t column = 0;
-    const auto pass = [&](auto vectors) __attribute__((always_inline)) {
-      constexpr int kVectors = decltype(vectors)::value;
+    const auto pass = [&](auto vectors, auto most) __attribute__((always_inline)) {
+      constexpr int kVectors = decltype(vectors)::value, kMost = decltype(most)::value;
       const int last = static_cast<int>(std::min<int64_t>(n, dim - column - (kVectors - 1) * n));
-      reduce_columns<kVectors>(a, lists, part, column, last, static_cast<O*>(a.out.base));
+      reduce_columns<kVectors, kMost>(a, lists, part, column, last, static_cast<O*>(a.out.base));
       column += kVectors * n;
     };
-    while (column + 8 * n <= dim) pass(std::integral_constant<int, 8>{});
-    while (column + 3 * n < dim) pass(std::integral_constant<int, 4>{});
+    // Where load_few() has loads of its own.
+    constexpr bool narrow = GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64 && sizeof(T) > 1;
+    constexpr std::integral_constant<int, n> all;
+    constexpr std::integral_constant<int, narrow ? n / 2 : n> half;
+    constexpr std::integral_constant<int, narrow && sizeof(T) == 4 ? n / 4 : half> quarter;
+    while (column + 8 * n <= dim) pass(std::integral_constant<int, 8>{}, all);
+    while (column + 3 * n < dim) pass(std::integral_constant<int, 4>{}, all);
     if (column + 2 * n < dim) {
-      pass(std::integral_constant<int, 3>{});
+      pass(std::integral_constant<int, 3>{}, all);
     } else if (column + n < dim) {
-      pass(std::integral_constant<int, 2>{});
+      pass(std::integral_constant<int, 2>{}, all);
+    } else if (column + half < dim) {
+      pass(std::integral_constant<int, 1>{}, all);
+    } else if (column + quarter < dim) {
+      pass(std::integral_constant<int, 1>{}, half);
     } else if (column < dim) {
-      pass(std::integral_constant<int, 1>{});
+      pass(std::integral_constant<int, 1>{}, quarter);
     }
   }
 }

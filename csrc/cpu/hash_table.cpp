@@ -235,7 +235,8 @@ Positions serve_present(const HashInsertArgs& a, bool marks, int threads) {
           continue;
         }
         if (stamps(policy)) set_shared(&a.table.scores[slot], a.batch.stamp);
-        if (marks) set_shared(&a.marks[slot], a.mark);
+        // Most often it is the same as in the last batch: a line that is only read need not be written back.
+        if (marks && __atomic_load_n(&a.marks[slot], __ATOMIC_RELAXED) != a.mark) set_shared(&a.marks[slot], a.mark);
       }
     }
     found[team.thread] = {begin, next};
