@@ -76,6 +76,8 @@ template <class P, bool Half = false, int Rows, int Vecs, class Ahead = NothingA
 GOSSAMER_INLINE void accumulate(Vec<SumOf<P>> (&sum)[Rows][Vecs], const P* a, int64_t a_row, int64_t a_step, const P* b,
                                 int64_t depth, Ahead&& ahead = {}) {
   constexpr int whole = Half ? Vecs - 1 : Vecs;
+  // Measured: with one whole vector of floats, a broadcast for each width is faster.
+  [[maybe_unused]] constexpr bool kShared = whole > 1 || (whole == 1 && kTerms<P> > 1);
   [[maybe_unused]] HalfVec<SumOf<P>> tail[Rows] = {};
   // Branch predictors miss the end of a loop of about a hundred iterations; unrolling halves their number.
 #pragma GCC unroll 2
@@ -87,7 +89,11 @@ GOSSAMER_INLINE void accumulate(Vec<SumOf<P>> (&sum)[Rows][Vecs], const P* a, in
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < whole; ++v) sum[i][v] = fma(splat(a[i * a_row]), column[v], sum[i][v]);
-      if constexpr (Half) tail[i] = fma(splat_half(a[i * a_row]), load_bytes<HalfVec<P>>(b + whole * kLanes<P>), tail[i]);
+      if constexpr (Half) {
+        // Compilers broadcast a value for each of the two widths unless one is half of the other.
+        const auto value = kShared ? lower_half<P>(splat(a[i * a_row])) : splat_half(a[i * a_row]);
+        tail[i] = fma(value, load_bytes<HalfVec<P>>(b + whole * kLanes<P>), tail[i]);
+      }
     }
     ahead.fetch();
     a += a_step;

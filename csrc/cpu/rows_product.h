@@ -16,9 +16,10 @@ constexpr int64_t kRowGroups = 4;
 // Which packed types use it. AVX2's sixteen registers hold too few sums for a group of columns: it is a third slower there.
 template <class P>
 constexpr bool kByRows = kTiled<P> || GOSSAMER_VECTOR_BYTES == 64;
+// Products of few tokens with floats read a weight as long runs either way.
 template <class P, class T>
 bool goes_by_rows(const Weight<T>& w, int64_t tokens) {
-  return kByRows<P> && (kTiled<P> || tokens > kFewTokens) && runs_along_rows(w);
+  return kByRows<P> && (kTerms<P> > 1 || tokens > kFewTokens) && runs_along_rows(w);
 }
 
 // A thread's memory for products with at most `tokens` tokens.

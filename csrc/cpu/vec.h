@@ -68,6 +68,13 @@ GOSSAMER_INLINE HalfVec<P> splat_half(P value) {
   return (HalfVec<P>)(bits - HalfVec<SumOf<P>>{});
 }
 
+template <class P>
+GOSSAMER_INLINE HalfVec<P> lower_half(Vec<P> v) {
+  HalfVec<P> half;
+  std::memcpy(&half, &v, sizeof half);
+  return half;
+}
+
 // The half vector, extended by zeros.
 template <class V>
 GOSSAMER_INLINE auto widened(V half) {
