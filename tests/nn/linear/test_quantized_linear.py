@@ -79,7 +79,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"weight must have shape \(1, O, I\), got \(2, 45, 160\)"):
         QuantizedLinear(weight)
     module = layer("int8", "cpu", bias=False)
-    with pytest.raises(ValueError, match=r"bias must have shape \(O,\) = \(45,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"bias must have shape \(O,\) = \(45\), got \(3,\)"):
         QuantizedLinear(module.weight.weight(), torch.zeros(3))
     with pytest.raises(ValueError, match=r"weight must have shape \(1, N, C\) = \(1, any, 32\)"):
         module(torch.randn(2, 32))
