@@ -81,5 +81,5 @@ def test_errors():
     module = layer("int8", "cpu", bias=False)
     with pytest.raises(ValueError, match=r"bias must have shape \(O,\) = \(45\), got \(3,\)"):
         QuantizedLinear(module.weight.weight(), torch.zeros(3))
-    with pytest.raises(ValueError, match=r"weight must have shape \(1, N, C\) = \(1, any, 32\)"):
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., I\) with I = 160, got \(2, 32\)"):
         module(torch.randn(2, 32))
