@@ -122,7 +122,9 @@ class PartRows {
   }
 
   bool live(uint64_t id) const {
-    return (num_ids_ == 0 || id < num_ids_) && static_cast<int64_t>(id) != args_.bags.padding_idx;
+    const int64_t padding = args_.bags.padding_idx;
+    // -1 stands for no padding, and is an id of maps that take any.
+    return (num_ids_ == 0 || id < num_ids_) && (padding < 0 || static_cast<int64_t>(id) != padding);
   }
 
   // Number of contributing ids of a whole bag.

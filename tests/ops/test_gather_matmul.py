@@ -129,11 +129,17 @@ def test_ids_outside(any_backend, device, bad):
 def test_bad_arguments(device):
     given = tables((2, 3, 4), device) | {"ids": torch.zeros(2, 3, dtype=torch.int64, device=device)}
     given |= {"parts": quotients(8), "inner": 3}
+    codes = torch.zeros(3, 2, dtype=torch.int32, device=device)
+    coded = Parts.of(8, "matmul", gossamer.IdMaps.of([1, 1], limit=3), coded=2, codes=codes, bits=[32])
     for wrong, message in (
         ({"mode": "max"}, "mode must be 'sum' or 'mean' for products, got 'max'"),
         ({"inner": 5}, "inner must divide the columns 6 and 12, got 5"),
         ({"parts": quotients(9)}, "parts must have operation='matmul', two maps and dim 8"),
         ({"right": given["right"][:3]}, "right must have at least 4 rows, which its map reaches, got 3"),
+        (
+            {"right": given["right"][:0], "parts": coded},
+            "right must have at least 1 rows, which its map reaches, got 0",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             gossamer.gather_matmul(**given | wrong)

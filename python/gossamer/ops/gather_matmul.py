@@ -212,13 +212,12 @@ def gather_matmul(
     dim, count = left.shape[1] // inner * (right.shape[1] // inner), parts.maps.count
     if parts.operation != "matmul" or count != 2 or parts.coded == 1 or parts.dim != dim or parts.block:
         raise ValueError(f"parts must have operation='matmul', two maps and dim {dim}, got {parts}")
-    # Codes are checked against the tables when they are read.
-    tables = {"left": left, "right": right} if not parts.coded else {}
-    for (name, table), base, modulus in zip(tables.items(), parts.maps.bases, parts.maps.moduli, strict=False):
-        if base + modulus > table.shape[0]:
-            raise ValueError(
-                f"{name} must have at least {base + modulus} rows, which its map reaches, got {table.shape[0]}"
-            )
+    tables = {"left": left, "right": right}
+    for (name, table), base, modulus in zip(tables.items(), parts.maps.bases, parts.maps.moduli, strict=True):
+        # Codes are checked against the tables when they are read, and replaced by the last row that a part has.
+        least = base + (min(len(parts.codes), 1) if parts.coded else modulus)
+        if least > table.shape[0]:
+            raise ValueError(f"{name} must have at least {least} rows, which its map reaches, got {table.shape[0]}")
     args = GatherMatmul(left, right, bags, parts, inner, left.dtype)
     if backend == "reference":
         check_values(bags, parts)

@@ -81,6 +81,17 @@ def test_hash_is_the_dense_table_below_its_rows(device):
     assert torch.equal(table.lookup(ids + 50 * 10**12), table.lookup(ids))
 
 
+@pytest.mark.parametrize("kind", [HashEmbedding, DoubleHashEmbedding])
+def test_every_id_counts_in_a_mean(kind, device):
+    """−1 too, which is no padding."""
+    table = kind(10, 4, num_rows=3, mode="mean", device=device)
+    ids, offsets = torch.tensor([0, -1, -1, 5, -1], device=device), torch.tensor([0, 3], device=device)
+    with torch.no_grad():
+        rows = table.lookup(ids).double()
+        found = table(ids, offsets)
+    torch.testing.assert_close(found.double(), torch.stack([rows[:3].mean(0), rows[3:].mean(0)]), rtol=1e-6, atol=0)
+
+
 def test_hashes_spread_ids():
     """Universal hashes fill rows as random ones would: (1 − 1/M)^N of them stay empty."""
     n = m = 20_000
