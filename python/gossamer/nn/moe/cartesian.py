@@ -203,7 +203,8 @@ def product_routing(first: Routing, second: Routing) -> Routing:
         TypeError: one is not a Routing.
         ValueError: they have different numbers of tokens or are on different devices, or logits have another shape.
     """
-    for name, routing in (("first", first), ("second", second)):
+    both = (("first", first), ("second", second))
+    for name, routing in both:
         if not isinstance(routing, Routing):
             raise TypeError(f"{name} must be a Routing, got {type(routing).__name__}")
         check_positive(**{f"{name}.num_experts": routing.num_experts})
@@ -214,15 +215,11 @@ def product_routing(first: Routing, second: Routing) -> Routing:
             f"first and second must be of the same tokens, got {first.num_tokens} and {second.num_tokens} of them"
         )
     e, f = first.num_experts, second.num_experts
-    tensors = {
-        f"{name}.{part}": getattr(routing, part)
-        for name, routing in (("first", first), ("second", second))
-        for part in ("expert_ids", "weights", "logits")
-    }
-    check_same_device(**tensors)
-    for name, routing in (("first", first), ("second", second)):
+    for name, routing in both:
         if routing.logits is not None:
             check_shape(f"{name}.logits", routing.logits, (routing.num_tokens, routing.num_experts), "(T, E)")
+    parts = ("expert_ids", "weights", "logits")
+    check_same_device(**{f"{name}.{part}": getattr(routing, part) for name, routing in both for part in parts})
     left, right = first.expert_ids.unsqueeze(2), second.expert_ids.unsqueeze(1)
     ids = torch.where((left < e) & (right < f), left * f + right, e * f).flatten(1)
     weights = (first.weights.unsqueeze(2) * second.weights.unsqueeze(1)).flatten(1)
