@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_flag, check_number, check_positive, check_shape, check_tensor
+from gossamer._checks import check_flag, check_input, check_number, check_positive, check_shape, check_tensor
 from gossamer.ops.self_referential import self_referential
 
 
@@ -93,6 +93,7 @@ class SelfReferentialLinear(nn.Module):
         """
         check_tensor("x", x)
         check_shape("x", x, (None, None, self.hidden_size), "(B, T, hidden)")
+        check_input(x, self.hidden_size, self.out_proj.weight)
         heads = x.unflatten(-1, (self.num_heads, self.head_dim))
         heads = heads.softmax(-1) if self.input_softmax else heads
         before = None if state is None else state.clone()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_has_numbers, check_index, check_positive, check_same_device, check_shape, check_sizes
+from gossamer._checks import (
+    check_flag,
+    check_has_numbers,
+    check_index,
+    check_positive,
+    check_same_device,
+    check_shape,
+    check_sizes,
+)
 from gossamer.nn.embeddings.graph_clusters import resize_clusters
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
@@ -123,6 +131,7 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
         check_shape("clusters", clusters, (num_embeddings,), "(N,)")
         check_index("clusters", clusters)
         check_has_numbers("clusters", clusters)
+        check_flag("double", double)
         lowest, highest = (int(number) for number in clusters.aminmax())
         if lowest < 0:
             raise ValueError(f"clusters must be at least 0, got {lowest}")
