@@ -65,6 +65,13 @@ def _live(score, LOWEST: tl.constexpr):
 
 
 @triton.jit
+def _leaf_scores(part, expert, here, reach, E: tl.constexpr, LOWEST: tl.constexpr):
+    """A tree's leaf scores as given, and with −∞ where a score does not count or nothing reaches the leaf."""
+    score = tl.load((part + E - 1)[:, None] + expert, here, other=float("-inf"))
+    return score, tl.where(reach > 0, _live(score, LOWEST), float("-inf"))
+
+
+@triton.jit
 def _experts(E: tl.constexpr, DEEP: tl.constexpr, BLOCK_E: tl.constexpr):
     """The expert of each place of a complete tree, and whether it has one."""
     leaf = tl.arange(0, BLOCK_E)
@@ -110,8 +117,8 @@ def _tree_routing_kernel(
             top = tl.maximum(top, _live(score, LOWEST))
         else:
             reach = _reach(scores + j * PART, inside, gamma, LEVELS, INNER, CODED)
-            score = tl.load((scores + j * PART + E - 1)[:, None] + expert, here, other=float("-inf"))
-            top = tl.maximum(top, tl.max(tl.where(reach > 0, _live(score, LOWEST), float("-inf")), 1))
+            _, counted = _leaf_scores(scores + j * PART, expert, here, reach, E, LOWEST)
+            top = tl.maximum(top, tl.max(counted, 1))
     gates = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     for j in range(PARTS):
@@ -128,9 +135,8 @@ def _tree_routing_kernel(
             gates += share[:, None] * tl.where(exists, reach, 0.0)
             total += share
         else:
-            score = tl.load((scores + j * PART + E - 1)[:, None] + expert, here, other=float("-inf"))
-            score = tl.where(reach > 0, _live(score, LOWEST), float("-inf"))
-            shares = tl.exp(score - top[:, None]) * (reach + EPS)
+            _, counted = _leaf_scores(scores + j * PART, expert, here, reach, E, LOWEST)
+            shares = tl.exp(counted - top[:, None]) * (reach + EPS)
             gates += shares
             total += tl.sum(shares, 1)
     gates /= tl.where(total > 0, total, 1.0)[:, None]
@@ -243,8 +249,7 @@ def _tree_routing_backward_kernel(
             tl.store(dscores + PARTS * PART + j, tl.where(score < float("inf"), dshare, 0.0), inside)
             dreach += share[:, None] * dgates
         else:
-            score = tl.load((splits + E - 1)[:, None] + expert, here, other=float("-inf"))
-            counted = tl.where(reach > 0, _live(score, LOWEST), float("-inf"))
+            score, counted = _leaf_scores(splits, expert, here, reach, E, LOWEST)
             flow = tl.exp(counted - top[:, None]) / total[:, None] * (dgates - mean[:, None])
             dleaf = tl.where(score < float("inf"), flow * (reach + EPS), 0.0)
             tl.store((dsplits + E - 1)[:, None] + expert, dleaf, here)
