@@ -57,18 +57,24 @@ void register_gather_compose(py::module_& m) {
                                                          : Composition::kMatmul;
         return OwnedParts{maps, num_coded, code_list(often), code_list(seldom), composition, columns, blocks, wrap};
       }));
+  // A lookup without what it writes; `fault` says which ids or codes it could not read.
+  static constexpr auto lookup = [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags,
+                                    const OwnedParts& parts, int32_t& fault) {
+    return ComposeArgs{.table = matrix(table),
+                       .num_rows = num_rows,
+                       .dim = dim,
+                       .bags = bags,
+                       .parts = parts.get(),
+                       .out = {},
+                       .fault = &fault};
+  };
   m.def(
       "gather_compose",
       [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const OwnedParts& parts, const PyMatrix& out,
          int num_threads) {
         int32_t fault = 0;
-        const ComposeArgs args{.table = matrix(table),
-                               .num_rows = num_rows,
-                               .dim = dim,
-                               .bags = bags,
-                               .parts = parts.get(),
-                               .out = matrix(out),
-                               .fault = &fault};
+        ComposeArgs args = lookup(table, num_rows, dim, bags, parts, fault);
+        args.out = matrix(out);
         compose(args, true, num_threads);
       },
       "out[b] = sum or mean over the live ids of bag b of weight · the vector that the id's rows compose.");
@@ -77,17 +83,12 @@ void register_gather_compose(py::module_& m) {
       [](const PyMatrix& left, int64_t num_rows, int64_t dim, int64_t inner, int64_t width, const PyMatrix& right,
          int64_t second_rows, const Bags& bags, const OwnedParts& parts, const PyMatrix& out, int num_threads) {
         int32_t fault = 0;
-        const ComposeArgs args{.table = matrix(left),
-                               .num_rows = num_rows,
-                               .dim = dim,
-                               .bags = bags,
-                               .parts = parts.get(),
-                               .out = matrix(out),
-                               .fault = &fault,
-                               .second = matrix(right),
-                               .second_rows = second_rows,
-                               .inner = inner,
-                               .width = width};
+        ComposeArgs args = lookup(left, num_rows, dim, bags, parts, fault);
+        args.out = matrix(out);
+        args.second = matrix(right);
+        args.second_rows = second_rows;
+        args.inner = inner;
+        args.width = width;
         compose(args, true, num_threads);
       },
       "out[b] = sum or mean over the live ids of bag b of weight · the product of the matrices that the id chooses.",
@@ -105,15 +106,9 @@ void register_gather_compose(py::module_& m) {
                                        .elements = elements,
                                        .part_gradients = pointer<void>(part_gradients),
                                        .weight_gradients = row_matrix(weight_gradients)};
-        compose({.table = matrix(table),
-                 .num_rows = num_rows,
-                 .dim = dim,
-                 .bags = bags,
-                 .parts = parts.get(),
-                 .out = {},
-                 .gradient = &gradient,
-                 .fault = &fault},
-                false, num_threads);
+        ComposeArgs args = lookup(table, num_rows, dim, bags, parts, fault);
+        args.gradient = &gradient;
+        compose(args, false, num_threads);
       },
       "The rows of each position's parts, the gradients of factors, and those of weights.", py::kw_only(), py::arg("table"),
       py::arg("num_rows"), py::arg("dim"), py::arg("bags"), py::arg("parts"), py::arg("dout"), py::arg("rows"),
@@ -123,13 +118,7 @@ void register_gather_compose(py::module_& m) {
       [](const PyMatrix& table, int64_t num_rows, int64_t dim, const Bags& bags, const OwnedParts& parts, const PyMatrix& dout,
          uintptr_t sums, uintptr_t rows, int num_threads) {
         int32_t fault = 0;
-        const ComposeArgs args{.table = matrix(table),
-                               .num_rows = num_rows,
-                               .dim = dim,
-                               .bags = bags,
-                               .parts = parts.get(),
-                               .out = {},
-                               .fault = &fault};
+        const ComposeArgs args = lookup(table, num_rows, dim, bags, parts, fault);
         compose(args, false, num_threads,
                 [&] { sum_row_gradients(args, matrix(dout), pointer<void>(sums), pointer<int32_t>(rows), num_threads); });
       },
