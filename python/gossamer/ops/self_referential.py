@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_flags, check_float, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_flags, check_float, check_same_device, check_shape
 from gossamer.ops._records import define
 
 # Undoing a step rounds again, so errors accumulate over at most one segment. Saving a matrix per step would need too
@@ -194,7 +194,6 @@ def self_referential(
         ValueError: shapes or devices do not fit.
     """
     check_flags(output_final_shift=output_final_shift)
-    check_tensor("x", x)
     check_shape("x", x, (None, None, None, None), "(B, T, H, d)")
     b, _, h, d = x.shape
     backend = _backend.resolve("self_referential", x)

@@ -15,7 +15,6 @@ from gossamer._checks import (
     check_positive,
     check_shape,
     check_sizes,
-    check_tensor,
 )
 from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
@@ -159,7 +158,6 @@ class DeltaRuleLayer(nn.Module):
             TypeError: ``x`` is not a tensor, or dtypes do not fit.
             ValueError: shapes do not fit, or both ``state`` and ``cu_seqlens`` are given.
         """
-        check_tensor("x", x)
         check_shape("x", x, (None, None, self.hidden_size), "(B, T, hidden)")
         check_input(x, self.hidden_size, self.qkv_proj.weight)
         if state is not None and cu_seqlens is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_flag, check_input, check_number, check_positive, check_shape, check_tensor
+from gossamer._checks import check_flag, check_input, check_number, check_positive, check_shape
 from gossamer.ops.self_referential import self_referential
 
 
@@ -91,7 +91,6 @@ class SelfReferentialLinear(nn.Module):
             TypeError: ``x`` is not a tensor, or dtypes do not fit.
             ValueError: shapes do not fit.
         """
-        check_tensor("x", x)
         check_shape("x", x, (None, None, self.hidden_size), "(B, T, hidden)")
         check_input(x, self.hidden_size, self.out_proj.weight)
         heads = x.unflatten(-1, (self.num_heads, self.head_dim))
