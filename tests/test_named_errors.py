@@ -363,7 +363,49 @@ NUMBERS = {
     "router": (
         lambda: nn.SoftmaxRouter(4, 2, 1)(torch.ones(3, 4, device="meta")),
         ValueError,
-        "x must be on the device of the router, cpu, got meta",
+        "x must be on the device of the parameters, cpu, got meta",
+    ),
+    "two layers": (
+        lambda: nn.CartesianMoE(4, 8, 2, 1)(torch.ones(3, 4, device="meta")),
+        ValueError,
+        "x must be on the device of the parameters, cpu, got meta",
+    ),
+    "a static router": (
+        lambda: nn.DSelectKRouter(4, 2, 1, 1.0, static=True)(torch.ones(3, 4, device="meta")),
+        ValueError,
+        "x must be on the device of the parameters, cpu, got meta",
+    ),
+    "experts of product keys": (
+        lambda: nn.ProductKeyExperts(4, 4, num_heads=1, top_k=1)(torch.ones(3, 4, device="meta")),
+        ValueError,
+        "x must be on the device of the parameters, cpu, got meta",
+    ),
+    "top_k of two layers": (lambda: nn.CartesianMoE(4, 8, 2, PAIR), TypeError, "top_k must be an int, got Tensor"),
+    "a table wider than its experts": (
+        lambda: nn.HashRouter(torch.zeros(5, 3, dtype=torch.int64), 2),
+        ValueError,
+        r"table must have at most num_experts = 2 columns, got shape \(5, 3\)",
+    ),
+    "padding of a layer": (
+        lambda: nn.DeltaNet(8, 2, 4)(torch.ones(1, 3, 8), mask=torch.ones(1, 3, device="meta")),
+        ValueError,
+        "mask must be on the device of x, cpu, got meta",
+    ),
+    "ids of a network": (
+        lambda: nn.DeepHashEmbedding(5, 4, 3, num_hashes=2, num_layers=1)(META.unsqueeze(1)),
+        ValueError,
+        "ids must be on the device of the parameters, cpu, got meta",
+    ),
+    "matrices": (
+        lambda: gossamer.gather_matmul(
+            torch.ones(1, 4, 2),
+            torch.ones(4, 2),
+            expert_ids(1, 2),
+            gossamer.Parts.of(4, "matmul", gossamer.IdMaps.of([4, 4], limit=9)),
+            1,
+        ),
+        ValueError,
+        r"left must have shape \(N1, M·K\)",
     ),
 }
 

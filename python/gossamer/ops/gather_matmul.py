@@ -198,6 +198,7 @@ def gather_matmul(
     check_tensor("right", right)
     backend = _backend.resolve("gather_matmul", left)
     check_float("left", left, backend)
+    check_shape("left", left, (None, None), "(N1, M·K)")
     check_shape("right", right, (None, None), "(N2, K·N)")
     check_positive(inner=inner)
     if mode == "max":

@@ -72,6 +72,7 @@ def test_frozen_vectors_and_size():
     before = table.eval().lookup(ids)
     assert_near(table.freeze().lookup(ids), before.double())
     assert table.nbytes() == table.inference_nbytes()
+    assert table.to("meta").lookup(ids.to("meta")).shape == (4, 4)
     assert DeepHashEmbedding(10**9, 4, 5, **SMALL).nbytes() == table.nbytes()
 
 

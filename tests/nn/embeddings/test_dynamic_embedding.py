@@ -98,6 +98,23 @@ def test_ragged_bags(device):
     assert torch.equal(layer(torch.tensor([[5, 12345]], device=device))[0], rows[0]) and len(layer) == 2
 
 
+@pytest.mark.parametrize("pooling", ["sum", "mean", "max"])
+def test_ids_without_offsets_are_bags_of_their_own(device, pooling):
+    """Trained as ``(L, 1)`` are, also where a row is lost before the backward pass."""
+    ids, layers = torch.arange(4, device=device), []
+    for shape in ((4,), (4, 1)):
+        layer = DynamicEmbedding(2, 4, pooling=pooling, optimizer=optim.SGD(lr=1.0), device=device)
+        weights = torch.linspace(1, 2, 4, device=device).view(shape).requires_grad_() if pooling == "sum" else None
+        out = layer(ids.view(shape), None, weights)
+        layer(torch.full((1, 1), 100, device=device))
+        assert layer.counters.evicted == 1
+        out.square().sum().backward()
+        layers.append((layer, out, None if weights is None else weights.grad.view(-1)))
+    (first, out, dweights), (second, expected, wanted) = layers
+    assert torch.equal(out, expected) and (wanted is None or torch.equal(dweights, wanted))
+    assert_same(first, second)
+
+
 def test_values_depend_on_the_id_alone(device):
     """Order, batches and company do not matter; the seed does; values fill (−a, a)."""
     ids = torch.arange(4000, device=device) * 1_000_003

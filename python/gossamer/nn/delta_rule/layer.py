@@ -13,6 +13,7 @@ from gossamer._checks import (
     check_input,
     check_number,
     check_positive,
+    check_same_device,
     check_shape,
     check_sizes,
 )
@@ -164,6 +165,7 @@ class DeltaRuleLayer(nn.Module):
             raise ValueError("state and cu_seqlens exclude each other: a pack starts from zeros")
         if mask is not None:
             check_shape("mask", mask, tuple(x.shape[:2]), "(B, T)")
+            check_same_device(x=x, mask=mask)
             x = x * mask.unsqueeze(-1).to(x.dtype)
         b, t, _ = x.shape
         if state is not None and state.recurrent.shape[0] != b:

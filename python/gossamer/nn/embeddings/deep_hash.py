@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from gossamer._checks import check_index, check_positive
+from gossamer._checks import check_index, check_positive, check_same_device
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.table import Table, item_nbytes
 from gossamer.ops.map_ids import IdMaps, map_ids
@@ -109,15 +109,16 @@ class DeepHashEmbedding(SeededMaps, Table):
 
         Raises:
             TypeError: ``ids`` is not int32 or int64.
-            ValueError: batch normalisation over a single id in training.
+            ValueError: batch normalisation over a single id in training, or ``ids`` on another device.
         """
         check_index("ids", ids)
+        check_same_device(**{"the parameters": self.layers[0].weight, "ids": ids})
         flat = ids.reshape(-1)
         if flat.numel() == 0:
             return self.layers[-1].weight.new_empty((*ids.shape, self.embedding_dim))
         if self.training and flat.numel() == 1 and isinstance(self.layers[1], nn.BatchNorm1d):
             raise ValueError("ids must be more than one in training with norm='batch', a statistic over them, got 1")
-        if self.frozen and not torch.compiler.is_compiling():
+        if self.frozen and not ids.is_meta and not torch.compiler.is_compiling():
             once, place = flat.unique(return_inverse=True)
             return self.layers(self.encode(once))[place].view(*ids.shape, self.embedding_dim)
         return self.layers(self.encode(flat)).view(*ids.shape, self.embedding_dim)

@@ -214,7 +214,8 @@ class DynamicEmbedding(Table):
         """Look up ids, and in training create rows for admitted ids.
 
         Args:
-            ids: ``(B, J)``, or ``(L,)`` with ``offsets``, in ``key_dtype``; of any shape without pooling.
+            ids: ``(B, J)``; ``(L,)`` with ``offsets``; or ``(L,)`` without, each id a bag of its own; in ``key_dtype``.
+                Of any shape without pooling.
             offsets: ``(B+1,)`` or None, as in :func:`gossamer.gather_reduce`.
             per_sample_weights: like ``ids``, float, or None.
             weights: another name of ``per_sample_weights``.
@@ -250,6 +251,8 @@ class DynamicEmbedding(Table):
                 "layers behind it, and give them what it looks up"
             )
         check_lists(ids, offsets, weights)
+        if offsets is None and ids.dim() == 1:
+            ids, weights = ids.unsqueeze(1), None if weights is None else weights.unsqueeze(1)
         check_lookup(self.table.values, ids, offsets, weights, self.pooling or "sum", "ids")
         training = self.training and not self.frozen and torch.is_grad_enabled()
         if training:

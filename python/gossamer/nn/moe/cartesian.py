@@ -115,6 +115,8 @@ class CartesianMoE(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size)
+        if top_k is not None:
+            check_positive(top_k=top_k)
         if shared_intermediate_size is not None:
             check_positive(shared_intermediate_size=shared_intermediate_size)
         check_number("eps", eps, least=0, finite=True, optional=True)
@@ -162,7 +164,7 @@ class CartesianMoE(nn.Module):
         Raises:
             As :class:`MoE`.
         """
-        check_hidden(x, self.hidden_size)
+        check_hidden(x, self.hidden_size, self.halves[0].norm.weight)
         routings = []
         for half in self.halves:
             x, routing = half(x, token_ids=token_ids)

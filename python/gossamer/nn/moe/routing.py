@@ -39,14 +39,16 @@ from gossamer.ops.topk_routing import (
 from gossamer.ops.tree_routing import PartGates, smooth_steps
 
 
-def check_hidden(x: torch.Tensor, hidden_size: int) -> None:
-    """``x`` must have shape ``(..., H)``."""
+def check_hidden(x: torch.Tensor, hidden_size: int, parameter: torch.Tensor | None = None) -> None:
+    """``x`` must have shape ``(..., H)``, and be on the device of ``parameter`` if one is given."""
     check_tensor("x", x)
     check_strided("x", x)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(f"x must have shape (..., H) with H = {hidden_size}, got {tuple(x.shape)}")
+    if parameter is not None and x.device != parameter.device:
+        raise ValueError(f"x must be on the device of the parameters, {parameter.device}, got {x.device}")
 
 
 def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> None:

@@ -145,7 +145,7 @@ class DSelectKRouter(LinearRouter):
         """``(T, k·m + k)`` from hidden states ``x (..., H)``."""
         if not self.static:
             return super().logits(x)
-        check_hidden(x, self.hidden_size)
+        check_hidden(x, self.hidden_size, self.bias)
         wide = torch.promote_types(torch.promote_types(x.dtype, self.bias.dtype), torch.float32)
         return self.bias.to(wide).expand(x.reshape(-1, self.hidden_size).shape[0], -1)
 

@@ -23,7 +23,11 @@ def checked_table(name: str, table: torch.Tensor, num_experts: int, symbol: str)
     table = table.unsqueeze(1) if table.dim() == 1 else table
     if table.shape[1] < 1:
         raise ValueError(f"{name} must have at least one column, got shape {tuple(table.shape)}")
-    check_selection(num_experts, table.shape[1])
+    check_positive(num_experts=num_experts)
+    if table.shape[1] > num_experts:
+        raise ValueError(
+            f"{name} must have at most num_experts = {num_experts} columns, got shape {tuple(table.shape)}"
+        )
     if table.device.type != "meta" and table.numel() and not (0 <= int(table.min()) <= int(table.max()) < num_experts):
         raise ValueError(
             f"{name} must hold ids from 0 to num_experts - 1 = {num_experts - 1}, "

@@ -101,9 +101,7 @@ class LinearRouter(Router):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """``(T, E)`` in float32 (float64 for float64) from hidden states ``x (..., H)``."""
-        check_hidden(x, self.hidden_size)
-        if x.device != self.weight.device:
-            raise ValueError(f"x must be on the device of the router, {self.weight.device}, got {x.device}")
+        check_hidden(x, self.hidden_size, self.weight)
         x = x.reshape(-1, self.hidden_size)
         wide = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         if not self.upcast:
