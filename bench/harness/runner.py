@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import time
@@ -68,7 +69,7 @@ DRAWS, DRAWN_BYTES = 5, 64 << 20
 GATHERING_SECONDS = 2.0
 # On the CPU this many cases are interleaved, if their memory allows it, each spread over this many visits. Other load
 # on the host changes the cost of some calls for seconds at a time; a case timed in one go would see one such state.
-TOGETHER, TOGETHER_BYTES, VISITS = 4, 2 << 30, 9
+TOGETHER, TOGETHER_BYTES, VISITS = 4, 3 << 29, 9
 
 
 def family(name: str) -> Family:
@@ -201,6 +202,7 @@ def run(
         before = resident_bytes()
         for done, request in enumerate(wanted):
             asked = f"{chosen.name} {request.shape} {request.dtype} {request.direction}"
+            gc.collect()
             stage(f"[{done + 1}/{len(wanted)}] {asked}")
             try:
                 case = chosen.build(request)
@@ -309,22 +311,26 @@ class _Checked:
         self._turns = Turns(samplers, self._budget, compared, self._cores)
 
     def result(self, ceilings: Ceilings, progress: Callable[[str], None]) -> CaseResult:
-        """The result of the case, with the host's latency."""
-        progress(f"{self.case.title}: host latency")
+        """The result of the case, with the host's latency. The case's tensors are freed and cannot be timed again."""
         host = {name: found.host for name, found in self._timed.items()}
-        if self.case.device.type == "cpu":
-            host = _host_latency(self._chosen, self.request)
         for name, samples in self._turns.samples.items():
             self._rows[name] = replace(
                 self._rows[name],
                 seconds=list(samples.values()),
                 rounds=list(samples),
                 near=self._turns.near(name),
-                host_seconds=host.get(name),
                 timed_by=self._timed[name].method,
             )
-        without_tensors, floor = replace(self.case, variants=(), gates={}), ceilings.floor_seconds(self.case)
-        return CaseResult(without_tensors, list(self._rows.values()), floor, self.request, self._cores.least)
+        self.case = replace(self.case, variants=(), gates={})
+        self._timed = self._turns = None
+        # Optimizers of torch are in reference cycles, and hold their tables until these are collected.
+        gc.collect()
+        if self.case.device.type == "cpu":
+            # Builds a small case, which for a family whose tables keep their size takes as much memory as this one.
+            progress(f"{self.case.title}: host latency")
+            host = _host_latency(self._chosen, self.request)
+        rows = [replace(row, host_seconds=host.get(name)) for name, row in self._rows.items()]
+        return CaseResult(self.case, rows, ceilings.floor_seconds(self.case), self.request, self._cores.least)
 
 
 def _take_turns(

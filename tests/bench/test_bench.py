@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -419,6 +420,23 @@ def test_host_latency_is_of_the_same_call_with_next_to_no_work():
     request = small_request("cpu", direction="forward", sizes=LARGER)
     found = runner._host_latency(moe, replace(request, peers=()))
     assert found.keys() == {"gossamer", "equal-FLOP dense"} and all(0 < s < 1 for s in found.values())
+
+
+def test_tables_of_a_case_are_freed_before_its_host_latency_is_measured(monkeypatch):
+    tables, alive = [], []
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, params, *rest, **options):
+            super().__init__(params, *rest, **options)
+            tables.extend(weakref.ref(parameter) for parameter in params)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    monkeypatch.setattr(runner, "_host_latency", lambda *_: alive.append([ref() is not None for ref in tables]) or {})
+    monkeypatch.setattr(runner, "measure", lambda device, dtypes: Ceilings(dict.fromkeys(dtypes, 1e12), 1e10, 2e10))
+    family = runner.family("product_key_experts")
+    results = runner.run(family, requests_of(family, "cpu", direction="both")[1:], budget=0.01)
+    assert [row.status for row in results.cases[0].rows] == ["ok", "ok"]
+    assert alive == [[False, False]]
 
 
 def test_quantiles_interpolate():
