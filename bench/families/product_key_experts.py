@@ -39,15 +39,17 @@ TOKENS = 128
 
 @dataclass(frozen=True)
 class Problem:
-    """The problem that every variant computes.
+    """The problem that every variant computes. All variants read and step the same two tables.
 
     Attributes:
-        layer: our layer without an optimizer; other variants take their weights from it.
+        layer: our layer, with an optimizer if a step is taken.
         x: ``(T, D)``.
         dy: ``(T, D)``, zero for tokens whose choice is too close to call.
         ids: ``(T, h·K)``, the experts chosen in float64.
         safe: tokens whose choice is not too close to call.
         both: whether a step is taken.
+        touched: the distinct ``ids``.
+        initial: their rows of both tables, before any step.
     """
 
     layer: ProductKeyExperts
@@ -56,10 +58,34 @@ class Problem:
     ids: torch.Tensor
     safe: torch.Tensor
     both: bool
+    touched: torch.Tensor
+    initial: tuple[torch.Tensor, torch.Tensor]
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both tables, outside autograd."""
+        return self.layer.input_weight.detach(), self.layer.output_weight.detach()
+
+    def restore(self) -> None:
+        """Undo all steps. Only touched rows change: Adam leaves rows alone whose gradients were always zero."""
+        for table, rows in zip(self.tables, self.initial, strict=True):
+            table[self.touched] = rows
 
     def sampled(self) -> torch.Tensor:
         """The rows that safe tokens touch, or some of them if they are many."""
         return self.ids[self.safe].unique()[:SAMPLE]
+
+
+@dataclass(frozen=True)
+class Step(Training):
+    """A variant whose step is checked from the initial tables."""
+
+    restore: Callable[[], None] = lambda: None
+
+    def outputs(self, direction: str) -> Outputs:
+        """The result and, after a step from the initial tables, the sampled rows."""
+        self.restore()
+        return super().outputs(direction)
 
 
 def plain_route(layer: ProductKeyExperts, x: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,51 +101,39 @@ def plain_route(layer: ProductKeyExperts, x: torch.Tensor, top_k: int) -> tuple[
     return ids, scores
 
 
-def plain_layer(
-    x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor
-) -> torch.Tensor:
-    """``Σ softmax(scores) · gelu(⟨u, x⟩) · v`` over gathered rows of both tables."""
-    hidden = F.gelu(torch.einsum("td,thkd->thk", x, F.embedding(ids, inputs)))
-    return torch.einsum("thk,thkd->td", scores.softmax(-1) * hidden, F.embedding(ids, outputs))
+def plain_layer(x: torch.Tensor, scores: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """``Σ softmax(scores) · gelu(⟨u, x⟩) · v`` of the chosen experts' rows ``u`` and ``v``, ``(T, h, K, D)`` each."""
+    hidden = F.gelu(torch.einsum("td,thkd->thk", x, inputs))
+    return torch.einsum("thk,thkd->td", scores.softmax(-1) * hidden, outputs)
 
 
-def _ours(problem: Problem) -> Training:
+def _ours(problem: Problem) -> Step:
+    return _step("gossamer", OURS, problem, lambda: problem.layer(problem.x), [], None)
+
+
+def _plain(problem: Problem) -> Step:
     layer = problem.layer
-    if problem.both:
-        options = {"num_heads": layer.num_heads, "top_k": layer.top_k, "key_dim": layer.key_dim}
-        fused = ProductKeyExperts(
-            layer.hidden_size, layer.num_experts, **options, optimizer=optim.Adam(LR, eps=EPS), device=problem.x.device
-        )
-        fused.load_state_dict(layer.state_dict(), strict=False)
-        layer = fused.eval()
-    return _training("gossamer", OURS, problem, lambda: layer(problem.x), layer, None)
-
-
-def _plain(problem: Problem) -> Training:
-    layer, tables = problem.layer, (problem.layer.input_weight, problem.layer.output_weight)
-    optimizer = None
-    if problem.both:
-        # The variant before it has its own copies.
-        optimizer = torch.optim.Adam(tables, LR, eps=EPS, fused=True)
+    tables = [torch.nn.Parameter(table, requires_grad=problem.both) for table in problem.tables]
+    optimizer = torch.optim.Adam(tables, LR, eps=EPS, fused=True) if problem.both else None
 
     def forward() -> torch.Tensor:
         ids, scores = plain_route(layer, problem.x, layer.top_k)
-        return plain_layer(problem.x, ids, scores, *tables)
+        return plain_layer(problem.x, scores, *(F.embedding(ids, table) for table in tables))
 
     name = "torch, gather and einsum" + (", Adam" if problem.both else "")
-    return _training(name, DENSE, problem, forward, layer, optimizer)
+    return _step(name, DENSE, problem, forward, tables, optimizer)
 
 
-def _training(
+def _step(
     name: str,
     role: str,
     problem: Problem,
     forward: Callable[[], torch.Tensor],
-    layer: ProductKeyExperts,
+    tables: list[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
-) -> Training:
+) -> Step:
     sampled = problem.sampled() if problem.both else None
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in problem.layer.parameters() if parameter.requires_grad] + tables
 
     def step(y: torch.Tensor) -> None:
         y.backward(problem.dy)
@@ -129,37 +143,38 @@ def _training(
             parameter.grad = None
 
     def rows() -> torch.Tensor:
-        return torch.cat([table.detach()[sampled] for table in (layer.input_weight, layer.output_weight)])
+        return torch.cat([table[sampled] for table in problem.tables])
 
-    return Training(name, role, forward, gate="truth", step=step, rows=rows)
+    return Step(name, role, forward, gate="truth", step=step, rows=rows, restore=problem.restore)
 
 
-def _expected(problem: Problem, initial: list[torch.Tensor], rows: torch.Tensor, dtype: torch.dtype) -> Outputs:
+def _expected(problem: Problem, dtype: torch.dtype) -> Outputs:
     """The result of safe tokens, and the sampled rows after a step, by plain torch over only the touched rows.
 
     Some tokens at a time, since the rows that all of them gather would take as much memory in float64 as the tables do.
     """
     layer, x = problem.layer, problem.x.to(dtype)
-    top_k = layer.top_k
-    _, scores = plain_route(layer, x, top_k)
-    # Both use the order of experts from float64.
-    ids = problem.ids.view(x.shape[0], layer.num_heads, top_k)
-    places = torch.searchsorted(rows, ids)
-    tables = [table.to(dtype).requires_grad_(problem.both) for table in initial]
-    sums = [torch.zeros_like(table) for table in tables] if problem.both else []
+    _, scores = plain_route(layer, x, layer.top_k)
+    # Both dtypes use the order of experts from float64.
+    ids = problem.ids.view(x.shape[0], layer.num_heads, layer.top_k)
+    places = torch.searchsorted(problem.touched, ids)
+    sampled = problem.sampled()
+    sums = [x.new_zeros(sampled.numel(), x.shape[1]) for _ in problem.initial]
     y = torch.empty_like(x)
     for some in torch.arange(x.shape[0], device=x.device).split(TOKENS):
-        part = plain_layer(x[some], places[some], scores[some], *tables)
+        rows = [table[places[some]].to(dtype).requires_grad_(problem.both) for table in problem.initial]
+        part = plain_layer(x[some], scores[some], *rows)
         y[some] = part.detach()
-        if problem.both:
-            gradients = torch.autograd.grad(part, tables, problem.dy[some].to(dtype))
-            for total, gradient in zip(sums, gradients, strict=True):
-                total += gradient
+        if problem.both and sampled.numel():
+            at = torch.searchsorted(sampled, ids[some]).clamp(max=sampled.numel() - 1)
+            wanted = sampled[at] == ids[some]
+            for total, gradient in zip(sums, torch.autograd.grad(part, rows, problem.dy[some].to(dtype)), strict=True):
+                total.index_add_(0, at[wanted], gradient[wanted])
     found = {"y": y[problem.safe]}
     if problem.both:
-        at = torch.searchsorted(rows, problem.sampled())
-        stepped = [t.detach() - LR * g / (g.abs() + EPS) for t, g in zip(tables, sums, strict=True)]
-        found["rows"] = torch.cat([table[at] for table in stepped])
+        at = torch.searchsorted(problem.touched, sampled)
+        initial = [table[at].to(dtype) for table in problem.initial]
+        found["rows"] = torch.cat([t - LR * g / (g.abs() + EPS) for t, g in zip(initial, sums, strict=True)])
     return found
 
 
@@ -169,9 +184,9 @@ def build(request: Request) -> Case:
     device, both = request.device, request.direction == "both"
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(request.seed)
-        layer = ProductKeyExperts(
-            dim, experts, num_heads=heads, top_k=top_k, key_dim=min(KEY_DIM, 2 * dim), device=device
-        )
+        options = {"num_heads": heads, "top_k": top_k, "key_dim": min(KEY_DIM, 2 * dim)}
+        optimizer = optim.Adam(LR, eps=EPS) if both else None
+        layer = ProductKeyExperts(dim, experts, **options, optimizer=optimizer, device=device)
         x = torch.randn(tokens, dim, device=device)
         dy = torch.randn(tokens, dim, device=device)
     layer.eval()
@@ -181,12 +196,12 @@ def build(request: Request) -> Case:
     gap = scores[..., top_k - 1] - scores[..., -1] if scores.shape[2] > top_k else scores.new_ones(scores.shape[:2])
     safe = (gap > CLOSE * scores.std()).all(1)
     ids = ids[..., :top_k].flatten(1)
-    problem = Problem(layer, x, dy * safe.unsqueeze(1), ids, safe, both)
-    rows = ids.unique()
-    initial = [layer.input_weight.detach()[rows], layer.output_weight.detach()[rows]]
+    touched = ids.unique()
+    initial = layer.input_weight.detach()[touched], layer.output_weight.detach()[touched]
+    problem = Problem(layer, x, dy * safe.unsqueeze(1), ids, safe, both, touched, initial)
 
     def gate() -> FloatGate:
-        truth, baseline = (_expected(problem, initial, rows, dtype) for dtype in (torch.float64, torch.float32))
+        truth, baseline = (_expected(problem, dtype) for dtype in (torch.float64, torch.float32))
         return FloatGate(truth, baseline, {"y": lambda y: y[safe]})
 
     key_dim, chosen = layer.key_dim, tokens * heads * top_k
@@ -195,7 +210,7 @@ def build(request: Request) -> Case:
     size = x.element_size()
     once = x.nbytes + dy.nbytes + layer.query.weight.nbytes + layer.keys.nbytes
     # Touched rows of both tables are read; a step reads and writes them with both moments.
-    moved = once + 2.0 * rows.numel() * dim * size * (6 if both else 1)
+    moved = once + 2.0 * touched.numel() * dim * size * (6 if both else 1)
     # The backward pass multiplies queries by their weights twice, and each chosen expert twice instead of all keys.
     backward = 4.0 * tokens * heads * key_dim * dim + 4 * products + 4.0 * chosen * key_dim
     return Case(
@@ -211,7 +226,7 @@ def build(request: Request) -> Case:
         moved,
         {"truth": gate},
         f"{int(safe.sum())} of {tokens} tokens, those without a near tie" + (", and their rows" if both else ""),
-        f"{rows.numel()} distinct experts of {ids.numel()}",
+        f"{touched.numel()} distinct experts of {ids.numel()}",
     )
 
 
