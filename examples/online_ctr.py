@@ -274,7 +274,10 @@ def main(arguments: list[str] | None = None) -> int:
     dist.init_process_group("nccl" if given.device == "cuda" else "gloo", timeout=timedelta(seconds=120))
     try:
         mesh = init_device_mesh(given.device, (ranks,), mesh_dim_names=("tables",))
-        return run(given, settings, Console(quiet=rank > 0), mesh)
+        status = run(given, settings, Console(quiet=rank > 0), mesh)
+        # Gloo's threads release the tensors of earlier collectives meanwhile, which they cannot once Python shuts down.
+        dist.barrier()
+        return status
     finally:
         dist.destroy_process_group()
 

@@ -459,7 +459,12 @@ def main(arguments: list[str] | None = None) -> int:
     # One process prints and writes for all.
     console = Console(quiet=ranks.rank > 0)
     try:
-        return run_all(given, settings, root, train, valid, console, ranks)
+        status = run_all(given, settings, root, train, valid, console, ranks)
+        if ranks.group is not None:
+            # Gloo's threads release the tensors of earlier collectives meanwhile, which they cannot once Python shuts
+            # down.
+            dist.barrier()
+        return status
     finally:
         if ranks.group is not None:
             dist.destroy_process_group()

@@ -310,6 +310,9 @@ def _measure_here(seconds: float, threads: int) -> dict:
     torch.set_num_threads(threads)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        return measure(seconds=seconds)
+        measured = measure(seconds=seconds)
+        # Gloo's threads release the tensors of earlier collectives meanwhile, which they cannot once Python shuts down.
+        dist.barrier()
+        return measured
     finally:
         dist.destroy_process_group()

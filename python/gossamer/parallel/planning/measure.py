@@ -256,7 +256,8 @@ def write_answer(output: Path, compute: Callable[[], object]) -> None:
         found = compute()
         if dist.get_rank() == 0:
             output.write_text(json.dumps(found))
-        # No process may leave while another still waits for its part of a collective.
+        # No process may leave while another still waits for its part of a collective, or before gloo's threads have
+        # released the tensors of earlier ones, which they cannot once Python shuts down.
         dist.barrier()
     finally:
         dist.destroy_process_group()
