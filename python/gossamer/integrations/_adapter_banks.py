@@ -187,6 +187,8 @@ def _check_experts(path: str, module: nn.Module) -> None:
     from gossamer.integrations.transformers import experts_obstacle, is_experts
 
     reason = experts_obstacle(module) if is_experts(module) else "it is not an experts module of transformers"
+    if reason is None and getattr(module, "_is_expert_parallel", False):
+        reason = "its experts are divided among processes"
     if reason is not None:
         raise ValueError(f"adapters update parameters of {path}, a {type(module).__name__}: {reason}")
 

@@ -3,10 +3,14 @@
 Importing :mod:`gossamer.integrations.transformers` registers it if transformers supports such implementations, as 5.24
 does. Then ``DistributedConfig(ep_size=..., ep_implementation="gossamer")`` exchanges one row per (token, rank) instead
 of one per (token, expert). It works with gossamer's experts (``experts_implementation="gossamer"``) and transformers'
-own.
+own. PEFT's adapters of such experts are divided with them by :func:`gossamer.replace`, called after ``get_peft_model``.
 """
 
 from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -15,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
+from gossamer.integrations._calls import Slot, scope
 from gossamer.ops.gather_reduce import gather_reduce
-from gossamer.parallel.experts import Level, exchange_tokens
+from gossamer.parallel.experts import Level, exchange_tokens, share
 
 NAME = "gossamer"
 
@@ -47,6 +52,35 @@ class GossamerEP(EPImplementation):
         self.config = experts.config
         group = ep_mesh.get_group()
         self.level = Level(group, dist.get_world_size(group), dist.get_rank(group), "expert")
+        self._substitute = Slot()
+        self._copies: tuple[dist.ProcessGroup, ...] | None = None
+        # transformers keeps the implementation in a closure only; LoRA layers around the experts look here.
+        experts.gossamer_exchange = self
+
+    def __deepcopy__(self, memo: dict) -> GossamerEP:
+        # As with the module's forward, of which copies of the module share the original's.
+        return self
+
+    @contextlib.contextmanager
+    def computing(self, compute: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Compute the local rows of calls inside the block by ``compute(rows, ids, weights)``, not by the experts."""
+        with scope():
+            self._substitute.assign(compute)
+            yield
+
+    def copies(self, parameter: DTensor) -> tuple[dist.ProcessGroup, ...]:
+        """The groups over which FSDP2 shards or copies these experts, found by one of their parameters as sharded."""
+        if self._copies is None:
+            mesh, experts = parameter.device_mesh, self.ep_mesh.mesh_dim_names[0]
+            groups = [mesh.get_group(name) for name in mesh.mesh_dim_names if name != experts]
+            self._copies = tuple(group for group in groups if dist.get_world_size(group) > 1)
+        return self._copies
+
+    def own_part(self, stack: DTensor) -> torch.Tensor:
+        """The part of this process of a stack by expert; its gradient is the mean over all batches, as under FSDP2."""
+        copies = self._copies or ()
+        batches = self.ep_mesh.size() // self.tp_mesh.size() * math.prod(map(dist.get_world_size, copies))
+        return share(stack.to_local(), 1 / batches, copies)
 
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -79,6 +113,8 @@ class GossamerEP(EPImplementation):
         return replicated.redistribute(self.tp_mesh, [Shard(0)]).to_local()
 
     def _compute(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, max_rows: int) -> torch.Tensor:
+        if (substitute := self._substitute.get()) is not None:
+            return substitute(rows, ids, weights).to(rows.dtype)
         if getattr(self.config, "_experts_implementation", None) == NAME:
             return self.experts_forward(rows, ids, weights).to(rows.dtype)
         # Other implementations also compute slots without an expert, so they are given only slots with an expert.

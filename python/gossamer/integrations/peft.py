@@ -6,6 +6,11 @@ layer's contents remain PEFT's: PEFT adds, switches, disables, merges, saves and
 Options of ``LoraConfig`` that are computed: ``r``, ``lora_alpha``, ``lora_dropout``, ``use_rslora``, ``use_dora``,
 ``lora_bias``, ``fan_in_fan_out``, ``rank_pattern``, ``alpha_pattern``, ``target_parameters``; and all options that only
 choose layers or initial values: :data:`SUPPORTED`. Setting any other option raises an error that names it.
+
+Experts that transformers divided among processes with ``DistributedConfig(ep_implementation="gossamer")`` keep the
+factors of their adapters with them: ``gossamer.replace`` turns PEFT's factors into DTensors by expert, so call it
+before you make the optimizer. Every process calls ``replace``, ``restore``, ``state_dict`` and ``save_pretrained``;
+state dicts and files hold all experts' factors in PEFT's layout. Without ``replace`` PEFT cannot compute such a model.
 """
 
 from __future__ import annotations
@@ -38,10 +43,11 @@ from gossamer.integrations import surgery
 from gossamer.integrations._calls import Running, Slot, scope
 from gossamer.integrations._peft_config import SUPPORTED as SUPPORTED
 from gossamer.integrations._peft_config import check_config
-from gossamer.integrations._peft_layers import BASE, EmbeddingMixin, ExpertsMixin, LinearMixin
+from gossamer.integrations._peft_layers import BASE, EmbeddingMixin, ExpertsMixin, LinearMixin, parallel_obstacle
 from gossamer.integrations._report import Replacement, SwitchedModule
 
 ADAPTER = "peft"
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 _OURS = (LinearMixin, EmbeddingMixin, ExpertsMixin)
 
 _VARIANTS = (DoraLinearVariant, DoraEmbeddingVariant)
@@ -117,6 +123,8 @@ def _obstacle(name: str, layer: nn.Module) -> str | None:
     """Why gossamer cannot compute this layer at all, or None."""
     if isinstance(layer, _OURS):
         return None
+    if isinstance(layer, peft_layer.ParamWrapper) and (reason := parallel_obstacle(layer)) is not None:
+        return reason
     if type(layer) not in _CLASSES:
         known = ", ".join(sorted(f"lora.{cls.__name__}" for cls in _CLASSES if issubclass(cls, BaseTunerLayer)))
         return f"there is no forward for it; there is one for {known}"
@@ -153,11 +161,16 @@ def survey(model: nn.Module, strict: bool) -> surgery.Survey:
 
 def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
     """Give the chosen layers gossamer's classes."""
-    for _, layer in found.chosen:
+    layers = [layer for _, layer in found.chosen]
+    for layer in layers:
         if not isinstance(layer, _OURS):
             layer.__class__ = _CLASSES[type(layer)]
             layer.gossamer_names = Slot()
             surgery.mark(layer, ADAPTER)
+        if isinstance(layer, ExpertsMixin):
+            layer.divide_factors()
+    if any(isinstance(layer, ExpertsMixin) and layer.divided for layer in layers):
+        _leave_to_experts(model)
     for module in model.modules():
         if type(module) is peft_model.LoraModel:
             module.__class__, module._gossamer_running = LoraModel, Running()
@@ -166,15 +179,29 @@ def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
     return Replacement(switched, found.skipped, "LoRA layers")
 
 
-def undo_obstacle(layer: nn.Module, before: None) -> str | None:
+def _leave_to_experts(model: nn.Module) -> None:
+    """Let DistributedDataParallel ignore the DTensors of a model: the gradients of divided factors are complete."""
+    known = getattr(model, _IGNORED, ())
+    surgery.mark(model, ADAPTER, tuple(known))
+    divided = (name for name, parameter in model.named_parameters() if type(parameter).__name__ == "DTensor")
+    setattr(model, _IGNORED, list(dict.fromkeys((*known, *divided))))
+
+
+def undo_obstacle(layer: nn.Module, before: tuple[str, ...] | None) -> str | None:
     """Why the layer cannot get PEFT's class back."""
-    if isinstance(layer, (*_OURS, LoraModel)):
+    if isinstance(layer, (*_OURS, LoraModel)) or before is not None:
         return None
     return f"must have the class that replace gave it to be restored, got {type(layer).__name__}"
 
 
-def undo(layer: nn.Module, before: None) -> nn.Module:
-    """Give the layer PEFT's class back."""
+def undo(layer: nn.Module, before: tuple[str, ...] | None) -> nn.Module:
+    """Give the layer PEFT's class back, or a model the names that DistributedDataParallel ignored before."""
+    if before is not None:
+        setattr(layer, _IGNORED, list(before))
+    if not isinstance(layer, (*_OURS, LoraModel)):
+        return layer
+    if isinstance(layer, ExpertsMixin):
+        layer.gather_factors()
     layer.__class__ = next(theirs for theirs, ours in _CLASSES.items() if type(layer) is ours)
     for name in ("gossamer_names", "_gossamer_reason", "_gossamer_running"):
         layer.__dict__.pop(name, None)

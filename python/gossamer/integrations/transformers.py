@@ -189,6 +189,21 @@ def _expert_weights(experts: nn.Module) -> list[tuple[str, torch.Tensor | None]]
     return [(name, getattr(experts, name, None)) for name in names]
 
 
+def division_obstacle(experts: nn.Module) -> str | None:
+    """Why adapters cannot update weights that transformers divided among processes, or None when it did not."""
+    weights = _expert_weights(experts)
+    if getattr(experts, "_is_expert_parallel", False):
+        return (
+            "its experts are divided among processes: adapters of such experts need "
+            'DistributedConfig(..., ep_implementation="gossamer") and gossamer.replace'
+        )
+    # FSDP2's DTensors are whole again in the forward pass; those of a tensor-parallel plan become local parts in the
+    # forward that the plan puts in the instance.
+    if "forward" in experts.__dict__ and any(type(w).__name__ == "DTensor" for _, w in weights):
+        return "its matrices are divided among processes by a tensor-parallel plan, which adapters do not follow"
+    return None
+
+
 def experts_obstacle(experts: nn.Module) -> str | None:
     """Why gossamer cannot compute this experts module, or None when it can."""
     if getattr(experts.config, "_experts_implementation", None) == "deepgemm_megamoe":

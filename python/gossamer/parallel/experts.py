@@ -94,10 +94,15 @@ class _Share(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         gradient = gradient * ctx.scale
-        if ctx.replicas is not None:
+        for group in ctx.replicas:
             gradient = gradient.contiguous()
-            dist.all_reduce(gradient, group=ctx.replicas)
+            dist.all_reduce(gradient, group=group)
         return gradient, None, None
+
+
+def share(part: torch.Tensor, scale: float, replicas: Sequence[dist.ProcessGroup]) -> torch.Tensor:
+    """``part``, whose gradient is multiplied by ``scale`` and then summed over each group of replicas."""
+    return _Share.apply(part, scale, replicas) if part.requires_grad and (scale != 1.0 or replicas) else part
 
 
 class _Copied(torch.autograd.Function):
@@ -407,8 +412,7 @@ class ShardedExperts:
     def _local(self, name: str, stack: torch.Tensor) -> torch.Tensor:
         """The local part of a stack, in the form of the layer."""
         local = stack.to_local() if isinstance(stack, DTensor) else stack
-        if local.requires_grad and (self.scale != 1.0 or self.replicas is not None):
-            local = _Share.apply(local, self.scale, self.replicas)
+        local = share(local, self.scale, () if self.replicas is None else (self.replicas,))
         if self.slices is None:
             return local
         columns = self.columns[name]

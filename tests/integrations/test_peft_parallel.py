@@ -1,0 +1,25 @@
+"""PEFT's adapters of experts that transformers divided among two and four processes, against one process."""
+
+from pathlib import Path
+
+import processes
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers.distributed.expert_parallel")
+
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "peft_parallel_cases.py"
+
+pytestmark = processes.needs_gloo
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, tmp_path_factory):
+    """What every process found, by case."""
+    return processes.run(SCRIPT, request.param, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.mark.parametrize("case", processes.cases_of(SCRIPT))
+def test_in_processes(results, case):
+    failures = [found[case] for found in results if found[case]]
+    assert not failures, "\n".join(failures)
