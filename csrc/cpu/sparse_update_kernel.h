@@ -142,20 +142,17 @@ GOSSAMER_INLINE S* state_at(const UpdateArgs& a, const StateArray& state, const 
   return base + (state.per_row ? place.row * state.row_stride : place.in(a, state.row_stride));
 }
 
-template <class T, class Word, int kRowBytes>
-GOSSAMER_INLINE void prefetch_place(const UpdateArgs& a, const SortedIds& ids, int64_t entry) {
+template <class T>
+GOSSAMER_INLINE void prefetch_place(const UpdateArgs& a, const RowPlace& place) {
   using S = Accumulator<T>;
-  if (entry >= ids.count) return;
-  const RowPlace place = place_of<Word>(a, ids, entry);
-  prefetch_lines<kRowBytes, Fetch::kReadLater>(static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride),
-                                               place.dim * sizeof(T));
+  prefetch_lines<1, Fetch::kReadLater>(static_cast<T*>(a.table.base) + place.in(a, a.table.row_stride), place.dim * sizeof(T));
   if constexpr (kIsCode<T>) __builtin_prefetch(&a.scales[place.row], 1);
-  for (const StateArray* state : {&a.state1, &a.state2}) {
-    if (state->base) {
-      const int64_t bytes = state->per_row ? 1 : place.dim * sizeof(S);
-      prefetch_lines<1, Fetch::kReadLater>(state_at<S>(a, *state, place), bytes);
-    }
-  }
+  const auto prefetch_state = [&](const StateArray& state) __attribute__((always_inline)) {
+    if (!state.base) return;
+    prefetch_lines<1, Fetch::kReadLater>(state_at<S>(a, state, place), state.per_row ? 1 : place.dim * sizeof(S));
+  };
+  prefetch_state(a.state1);
+  prefetch_state(a.state2);
 }
 
 // Adds up the partial sums of a long run, in order.
@@ -181,16 +178,16 @@ GOSSAMER_INLINE void sum_partials(const UpdateArgs& a, const SortedIds& ids, int
   });
 }
 
-// Calls f(i, stop) for the runs [i, stop) of equal rows that begin in [begin, end), fetching the rows of those to come,
-// which have at least kRowBytes.
-template <class T, class Word, int kRowBytes = 1, class F>
-GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, F&& f) {
+// Calls f(i, stop) for the runs [i, stop) of equal rows that begin in [begin, end), and prefetch(i) for an entry of each run
+// to come.
+template <class Word, class P, class F>
+GOSSAMER_INLINE void each_run(const SortedIds& ids, int64_t begin, int64_t end, P&& prefetch, F&& f) {
   const auto row_at = [&](int64_t place) __attribute__((always_inline)) { return entry_at<Word>(ids, place).row; };
   int64_t i = begin;
   if (begin > 0) {
     while (i < end && row_at(i) == row_at(i - 1)) ++i;
   }
-  for (int64_t ahead = i; ahead < std::min(end, i + kRowAhead); ++ahead) prefetch_place<T, Word, kRowBytes>(a, ids, ahead);
+  for (int64_t ahead = i; ahead < std::min(end, i + kRowAhead); ++ahead) prefetch(ahead);
   while (i < end) {
     const uint64_t row = row_at(i);
     int64_t stop = i + 1;
@@ -198,7 +195,7 @@ GOSSAMER_INLINE void each_run(const UpdateArgs& a, const SortedIds& ids, int64_t
     // Every entry is visited once, up to the end of a run of ordinary length.
     for (int64_t ahead = i; ahead < std::min(stop, i + kPiece); ++ahead) {
       const int64_t next = ahead + kRowAhead;
-      if (next < ids.count && row_at(next) != row_at(next - 1)) prefetch_place<T, Word, kRowBytes>(a, ids, next);
+      if (next < ids.count && row_at(next) != row_at(next - 1)) prefetch(next);
     }
     f(i, stop);
     i = stop;
@@ -297,7 +294,16 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
   const S keep = a.rule.decay == Decay::kWeights ? static_cast<S>(1 - a.rule.lr * a.rule.weight_decay) : S{1};
   constexpr int kDoutBytes = kVectors * kLanes<S> * sizeof(G), kRowBytes = kVectors * kLanes<S> * sizeof(T);
   AdagradRows<kVectors, T> adagrad_rows(a, keep);
-  each_run<T, Word, kRowBytes>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
+  const T* const table = static_cast<const T*>(a.table.base);
+  const S* const state = static_cast<const S*>(a.state1.base);
+  const int64_t table_stride = a.table.row_stride, state_stride = a.state1.row_stride;
+  const auto prefetch = [=, scales = a.scales](int64_t entry) __attribute__((always_inline)) {
+    const int64_t row = entries[entry].row;
+    prefetch_lines<kRowBytes, Fetch::kReadLater>(table + row * table_stride, kRowBytes);
+    if constexpr (kIsCode<T>) __builtin_prefetch(&scales[row], 1);
+    if (adagrad) prefetch_lines<1, Fetch::kReadLater>(state + row * state_stride, 1);
+  };
+  each_run<Word>(ids, begin, end, prefetch, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
     Vec<S> grad[kVectors] = {};
     if (stop - i > kPiece) {
       S sums[kVectors * kLanes<S>];
@@ -375,7 +381,8 @@ void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int6
     return;
   }
   S* grad = static_cast<S*>(scratch);
-  each_run<T, Any>(a, ids, begin, end, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
+  const auto prefetch = [&](int64_t entry) __attribute__((always_inline)) { prefetch_place<T>(a, place_of(a, ids, entry)); };
+  each_run<Any>(ids, begin, end, prefetch, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
     const RowPlace place = place_of(a, ids, i);
     if (stop - i > kPiece) {
       sum_partials(a, ids, i, place.dim, grad);
