@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import gossamer
-from gossamer import nn, optim
+from gossamer import nn, optim, parallel, testing
 from gossamer.integrations import scattermoe
+from gossamer.integrations.megablocks import Arguments, dMoE
 from gossamer.integrations.megablocks import ops as megablocks
+from gossamer.nn import SharedExpert
 
 HUGE = 2**63
 PAIR = torch.ones(2)
+CHOSEN = torch.tensor([[0], [1]])
 META = torch.zeros(3, dtype=torch.int64, device="meta")
 
 
@@ -28,6 +31,10 @@ def expert_ids(rows, columns, experts=4):
 def routing(**fields):
     made = nn.given_experts(expert_ids(3, 2), 4)
     return dataclasses.replace(made, **fields)
+
+
+def routing_of(tokens, experts):
+    return nn.given_experts(torch.zeros(tokens, 1, dtype=torch.int64), experts, torch.ones(tokens, 1))
 
 
 def low_rank(weight, **options):
@@ -407,6 +414,95 @@ NUMBERS = {
         ValueError,
         r"left must have shape \(N1, M·K\)",
     ),
+    "latents of another dtype": (
+        lambda: nn.LatentExperts(1, 4, 16, latent_size=2)(torch.ones(3, 4).double(), routing_of(3, 1)),
+        TypeError,
+        "x must have the dtype of the parameters, torch.float32, got torch.float64",
+    ),
+    "a shared expert": (
+        lambda: SharedExpert(4, 8)(torch.ones(3, 4).double()),
+        TypeError,
+        "x must have the dtype of the parameters, torch.float32, got torch.float64",
+    ),
+    "another dtype on meta": (
+        lambda: nn.DeltaNet(8, 2, 4, device="meta")(torch.ones(1, 3, 8, device="meta").double()),
+        TypeError,
+        "x must have the dtype of the parameters, torch.float32, got torch.float64",
+    ),
+    "columns of integers": (
+        lambda: nn.QuantizedLinear.from_linear(torch.nn.Linear(32, 2), "int8")(torch.ones(2, 32).long()),
+        TypeError,
+        "x must be floating point, got torch.int64",
+    ),
+    "ids of another dtype": (
+        lambda: nn.DynamicEmbedding(2, 4)(expert_ids(3, 2).int()),
+        TypeError,
+        "ids must have the table's key_dtype, torch.int64, got torch.int32",
+    ),
+    "state": (
+        lambda: gossamer.sparse_update_(
+            torch.ones(4, 3), expert_ids(3, 1), torch.ones(3, 3), optimizer=optim.SGD(lr=0.1), state=None
+        ),
+        TypeError,
+        "state must be a mapping of names to tensors, got NoneType",
+    ),
+    "codes beyond a book": (
+        lambda: nn.ResidualQuantizer(2, 1, 3).decode(torch.tensor([[3]])),
+        IndexError,
+        r"codes must be in \[0, K\) with K=3, got 3 to 3",
+    ),
+    "codes elsewhere": (
+        lambda: nn.ResidualQuantizer(2, 1, 3).decode(META.unsqueeze(1)),
+        ValueError,
+        "codes must be on the device of codebooks, cpu, got meta",
+    ),
+    "vectors of another dtype": (
+        lambda: nn.ResidualQuantizer(2, 1, 3)(torch.ones(4, 2).double()),
+        TypeError,
+        "x must have the dtype of the parameters",
+    ),
+    "survivors": (
+        lambda: nn.cluster_variance_loss(nn.softmax_topk(torch.ones(3, 4), 1), 2, survivors=torch.tensor([2])),
+        IndexError,
+        r"survivors must be in \[0, E/N\) with E/N=2, got 2 to 2",
+    ),
+    "losses of nothing": (lambda: nn.router_losses(None), TypeError, "routing must be a Routing or a sequence of them"),
+    "a norm": (
+        lambda: parallel.clip_grad_norm_(torch.ones(2), None),
+        TypeError,
+        "max_norm must be a number, got NoneType",
+    ),
+    "parameters": (lambda: parallel.clip_grad_norm_([1], 1.0), TypeError, "parameters must be a torch.Tensor, got int"),
+    "a model of tables": (
+        lambda: parallel.measure_lookups([1]).__enter__(),
+        TypeError,
+        "model must be a torch.nn.Module, got list",
+    ),
+    "divided experts": (
+        lambda: parallel.overflow_counts(None),
+        TypeError,
+        "module must be a torch.nn.Module, got NoneType",
+    ),
+    "values of a cache": (
+        lambda: nn.KeyValueCache().append(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 3, 4)),
+        ValueError,
+        r"values must have shape that of keys = \(1, 1, 2, 4\), got \(1, 1, 3, 4\)",
+    ),
+    "experts drawn": (
+        lambda: testing.random_expert_ids(4, 2, 3),
+        ValueError,
+        "top_k must be at most num_experts, got top_k=3, num_experts=2",
+    ),
+    "popularity": (
+        lambda: testing.random_expert_ids(4, 2, 1, popularity=torch.ones(3)),
+        ValueError,
+        r"popularity must have shape \(E,\) = \(2\), got \(3,\)",
+    ),
+    "an assertion": (
+        lambda: testing.assert_close([1.0], torch.ones(1), torch.ones(1)),
+        TypeError,
+        "actual must be a torch.Tensor, got list",
+    ),
 }
 
 
@@ -433,6 +529,35 @@ def test_codes_of_nobody_are_unique():
     assert nn.unique_codes(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 4)
 
 
+SPARSE = {
+    "index": lambda: gossamer.gather_reduce(torch.ones(4, 2), expert_ids(2, 2).to_sparse()),
+    "offsets": lambda: gossamer.gather_reduce(torch.ones(4, 2), expert_ids(1, 2)[0], torch.tensor([0, 2]).to_sparse()),
+    "ids": lambda: nn.DynamicEmbedding(2, 4)(expert_ids(3, 2).to_sparse()),
+    "input": lambda: nn.EmbeddingBag(4, 2)(expert_ids(2, 2).to_sparse()),
+    "codes": lambda: nn.unique_codes(expert_ids(2, 2).to_sparse()),
+    "table": lambda: nn.HashRouter(expert_ids(3, 2).to_sparse(), 4),
+    "token_ids": lambda: nn.MoE(2, 8, router=nn.HashRouter(expert_ids(3, 1), 4))(
+        torch.ones(3, 2), token_ids=torch.arange(3).to_sparse()
+    ),
+    "mask": lambda: nn.load_balance_loss(nn.softmax_topk(torch.ones(3, 2), 1), mask=torch.ones(3).to_sparse()),
+    "counts": lambda: nn.update_expert_bias(torch.zeros(2), torch.ones(2).long().to_sparse(), 0.1),
+    "frequencies": lambda: nn.frequency_table(torch.ones(3).to_sparse(), 2),
+    "scores": lambda: gossamer.HashTable(2, 4, evict="score").rows(
+        torch.arange(2), insert=True, scores=torch.ones(2).long().to_sparse()
+    ),
+    "rows": lambda: gossamer.BlockTopology.from_indices(
+        torch.tensor([1]).to_sparse(), torch.tensor([1]), (32, 32), (16, 16)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_tensors(name):
+    """Are refused where numbers are read from them."""
+    with pytest.raises(TypeError, match=rf"{name} must have the layout torch\.strided, got torch\.sparse_coo"):
+        SPARSE[name]()
+
+
 def _scattered(**changes):
     experts, slots, offsets = scattermoe.flatten_sort_count(torch.tensor([[0, 1], [1, 0]]), 2)
     args = {"inputs": torch.ones(2, 3), "expert_weights": torch.ones(2, 3, 5), "k": 2, "sorted_expert_idxs": experts}
@@ -444,6 +569,7 @@ SCATTERED = {
     "sorted_scattered_idxs": (lambda t: t * 0, ValueError, "sorted_scattered_idxs must have every slot once"),
     "expert_offsets": (lambda t: t.flip(0), ValueError, "expert_offsets must ascend to at most R=4, got"),
     "inputs": (lambda t: t[:, :2], ValueError, r"inputs must have shape \(R/k, C\) = \(any, 3\), got \(2, 2\)"),
+    "gates": (lambda t: t.long(), TypeError, "gates must be floating point, got torch.int64"),
     "expert_biases": (lambda t: torch.ones(5), ValueError, r"expert_biases must have shape \(E, N\)"),
     "expert_weights": (
         lambda t: t.to("meta"),
@@ -461,6 +587,43 @@ def test_scattermoe_names_its_own_arguments(name):
     change, error, message = SCATTERED[name]
     with pytest.raises(error, match=message):
         _scattered(**{name: change})
+
+
+@pytest.mark.parametrize("kind", [scattermoe.MLP, scattermoe.GLUMLP])
+def test_layers_of_scattermoe_name_their_own_arguments(kind):
+    """Not those of the products inside them."""
+    layer, x, gates, ids = kind(3, 4, 2, 1, activation=torch.nn.SiLU()), torch.ones(2, 3), torch.ones(2, 1), CHOSEN
+    for given, error, message in (
+        ((None, gates, ids), TypeError, "x must be a torch.Tensor, got NoneType"),
+        ((x.to("meta"), gates, ids), ValueError, "x must be on the device of the parameters, cpu, got meta"),
+        ((x, gates.long(), ids), TypeError, "expert_p must be floating point, got torch.int64"),
+        ((x, gates[:1], ids), ValueError, r"expert_p must have shape \(T, top_k\) = \(2, 1\), got \(1, 1\)"),
+        ((x, gates, ids[:1]), ValueError, r"expert_idxs must have shape \(T, top_k\) = \(2, 1\), got \(1, 1\)"),
+        ((x, gates.to("meta"), ids), ValueError, "expert_p must be on the device of x, cpu, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(*given)
+    for sizes, message in (((3, None, 2, 1), "hidden_size must be an int"), ((3, 4, 2, [1]), "top_k must be an int")):
+        with pytest.raises(TypeError, match=message):
+            kind(*sizes)
+    with pytest.raises(TypeError, match="activation must be callable or None, got list"):
+        kind(3, 4, 2, 1, activation=[1])
+
+
+def test_layers_of_megablocks_name_their_own_arguments():
+    """Options and hidden states."""
+    options = {"hidden_size": 4, "ffn_hidden_size": 16, "moe_num_experts": 2, "fp16": False, "device": "cpu"}
+    for name in ("moe_loss_weight", "moe_zloss_weight", "moe_jitter_eps", "moe_normalize_expert_weights"):
+        with pytest.raises(TypeError, match=f"{name} must be a number"):
+            Arguments(**options, **{name: "text"})
+    layer = dMoE(Arguments(**options))
+    for x, error, message in (
+        (None, TypeError, "x must be a torch.Tensor, got NoneType"),
+        (torch.ones(2, 4, device="meta"), ValueError, "x must be on the device of the parameters, cpu, got meta"),
+        (torch.ones(2, 4).double(), TypeError, "x must have the dtype of the parameters, torch.float32, got torch.fl"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(x)
 
 
 def test_scattermoe_with_gates_of_no_slots():

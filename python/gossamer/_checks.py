@@ -212,10 +212,11 @@ def check_input(x: torch.Tensor, columns: int, weight: torch.Tensor) -> None:
     check_shape("x", x, (*x.shape[:-1], columns), "(..., C)")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x must have the dtype of the parameters, {weight.dtype}, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x must be on the device of the parameters, {weight.device}, got {x.device}")
+    # Meta tensors have no autocast; querying it raises.
+    if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"x must have the dtype of the parameters, {weight.dtype}, got {x.dtype}")
 
 
 def _first_to_differ(attribute: str, tensors: dict[str, torch.Tensor | None]) -> tuple | None:
@@ -293,10 +294,12 @@ def check_float_dtype(name: str, dtype: torch.dtype, device: torch.device, backe
 
 
 def check_index(name: str, tensor: torch.Tensor) -> None:
-    """``tensor`` must hold int32 or int64."""
+    """``tensor`` must be a dense tensor of int32 or int64."""
     check_tensor(name, tensor)
     if tensor.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        check_strided(name, tensor)
 
 
 def check_traceable(name: str) -> None:

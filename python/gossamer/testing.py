@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from gossamer._checks import (
+    check_device,
+    check_floating,
+    check_has_numbers,
+    check_number,
+    check_positive,
+    check_seed,
+    check_shape,
+    check_sizes,
+    check_tensor,
+)
+
 # Slack of assert_close over the same-dtype computation: a factor, and a part of the dtype's epsilon.
 RMS_FACTOR, RMS_EPS = 1.25, 0.25
 MAX_FACTOR, MAX_EPS = 1.5, 2.0
@@ -45,8 +57,11 @@ def assert_close(actual: torch.Tensor, truth: torch.Tensor, baseline: torch.Tens
         name: the name of the tensor in the message.
 
     Raises:
+        TypeError: an argument is not a tensor.
         AssertionError: ``actual`` breaks the rule; the message gives all four errors.
     """
+    for argument, tensor in (("actual", actual), ("truth", truth), ("baseline", baseline)):
+        check_tensor(argument, tensor)
     if actual.dtype != baseline.dtype or actual.shape != truth.shape:
         raise AssertionError(
             f"{name}: {actual.dtype} {tuple(actual.shape)}, expected {baseline.dtype} {tuple(truth.shape)}"
@@ -84,7 +99,23 @@ def random_expert_ids(
         dropped: fraction of slots given the id E, "no expert".
         seed: seed of the generator.
         device: device of the result.
+
+    Raises:
+        TypeError: a size or the seed is not an int, ``dropped`` not a number, or ``popularity`` not a floating tensor.
+        ValueError: a size is too small, K > E, ``skew`` is unknown, ``dropped`` is not in [0, 1], or ``popularity`` is
+            not ``(E,)``.
     """
+    check_sizes(num_tokens=num_tokens)
+    check_positive(num_experts=num_experts, top_k=top_k)
+    if top_k > num_experts:
+        raise ValueError(f"top_k must be at most num_experts, got top_k={top_k}, num_experts={num_experts}")
+    check_seed(seed)
+    check_number("dropped", dropped, least=0, most=1)
+    check_device("device", device)
+    if popularity is not None:
+        check_floating("popularity", popularity)
+        check_shape("popularity", popularity, (num_experts,), "(E,)")
+        check_has_numbers("popularity", popularity)
     generator = torch.Generator().manual_seed(seed)
     known = {
         "uniform": torch.ones(num_experts),
@@ -92,7 +123,7 @@ def random_expert_ids(
         "one": torch.ones(num_experts).index_fill(0, torch.tensor(num_experts - 1), 1e6),
         "few": torch.cat([torch.ones(top_k), torch.zeros(num_experts - top_k)]),
     }
-    if skew not in known:
+    if not isinstance(skew, str) or skew not in known:
         raise ValueError(f"skew must be one of {sorted(known)}, got {skew!r}")
     if popularity is None:
         popularity = known[skew]

@@ -10,6 +10,7 @@ from subjects_modules import layer_call
 
 import gossamer
 from gossamer import nn
+from gossamer.nn import SharedExpert
 
 FORMATS = ("fp8", "fp8_block", "int8", "int4", "mxfp4")
 
@@ -93,4 +94,36 @@ def loaded_experts(rng):
     return call, args
 
 
-SUBJECTS = (quantized_linear, regrown, loaded_experts)
+def around_training(rng):
+    """What changes gradients or groups parameters before an optimizer's step, and the shared expert."""
+    c, n, kind = size(rng), size(rng), rng.randrange(3)
+    if kind == 0:
+        args = {"hidden_size": c, "intermediate_size": n, "activation": rng.choice(("swiglu", "gelu")), "bias": False}
+        args |= {"dtype": rng.choice(FLOATS), "x": None}
+        args["x"] = randn(rng, size(rng, 0, 5), c, dtype=args["dtype"])
+        call = layer_call(SharedExpert, ("x",))
+        call.__qualname__ = "SharedExpert"
+        return call, args
+    layer = nn.LowRankLinear(c, n, rank=1) if kind == 1 else nn.LoRALinear(c, n, 1)
+    args = {"module": torch.nn.Sequential(torch.nn.Linear(2, c), layer)}
+    if kind == 1:
+
+        def decay(module, decay):
+            parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            nn.frobenius_decay_(module, decay)
+            return [parameter.grad.clone() for parameter in parameters]
+
+        decay.__qualname__ = "frobenius_decay_"
+        return decay, args | {"decay": 0.1}
+
+    def groups(**args):
+        made = torch.optim.AdamW(nn.lora_plus_groups(**args))
+        return torch.tensor([[group["lr"], len(group["params"])] for group in made.param_groups])
+
+    groups.__qualname__ = "lora_plus_groups"
+    return groups, args | {"lr": 1e-3, "ratio": 16.0, "embedding_lr": 1e-6, "weight_decay": 0.1}
+
+
+SUBJECTS = (quantized_linear, regrown, loaded_experts, around_training)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from draws import ids, randn, size
 from subjects_modules import routing
-from subjects_tables import bags, optimizer
+from subjects_tables import bags, jagged, layout_of, optimizer
 
 import gossamer
-from gossamer import nn
+from gossamer import nn, testing
 from gossamer.integrations import scattermoe
 from gossamer.integrations.megablocks import ops
 
@@ -122,6 +122,8 @@ def padded_places(rng):
 def steps(rng):
     """A product or a pooling whose backward pass steps the table."""
     rows, dim, made = size(rng), size(rng), optimizer(rng)
+    if rng.random() < 0.3:
+        return table_steps(rng, made)
     lists, count = bags(rng, rows)
     args = {"table": randn(rng, rows, dim), **lists, "optimizer": made, "state": made.state(rows, dim)}
     args |= {"padding_idx": rng.choice((None, 0)), "bounds": rng.choice(("raise", "drop"))}
@@ -141,8 +143,27 @@ def steps(rng):
     return call, args
 
 
+def table_steps(rng, made):
+    """A lookup in many tables whose backward pass steps them."""
+    layout = layout_of(rng)
+    index, offsets, _ = jagged(rng, layout)
+    args = {"storage": randn(rng, layout.num_elements), "layout": layout, "index": index, "offsets": offsets}
+    args |= {"weights": rng.choice((None, randn(rng, index.numel()))), "bounds": rng.choice(("raise", "drop"))}
+    args |= {"handle": torch.ones((), requires_grad=True), "optimizer": made, "state": layout.state(made)}
+
+    def call(**args):
+        y = gossamer.gather_reduce_tables_step(**args)
+        if y.numel() and y.requires_grad:
+            y.square().sum().backward()
+        return y.detach(), args["storage"].detach(), *args["state"].values()
+
+    call.__qualname__ = "gather_reduce_tables_step"
+    call.signature = ["weights"]  # of the step: the products' gradients, which may be NaN
+    return call, args
+
+
 def schedules(rng):
-    kind = rng.randrange(4)
+    kind = rng.randrange(7)
     if kind == 0:
         args = {"first": 0.3, "last": 0.0, "until": size(rng, 1, 50), "step": rng.randint(0, 60)}
 
@@ -160,9 +181,47 @@ def schedules(rng):
         args = {"vectors": randn(rng, size(rng, 2), size(rng, 2, 12)), "embedding_dim": 2, "seed": 1}
         args |= {"select": rng.choice(("variance", "random")), "standardize": rng.random() < 0.5}
         return nn.init.from_text_embeddings, args
+    if kind == 3:
+        return semantic(rng)
+    if kind == 4:
+        return ids_of_experts(rng)
+    if kind == 5:
+        args = {"value": 0.5, "step": size(rng, 0, 9)}
+
+        def constant(value, step):
+            return torch.tensor(nn.ConstantSchedule(value).density(step))
+
+        constant.__qualname__ = "ConstantSchedule"
+        return constant, args
     t, e = size(rng, 0), size(rng, 1, 4)
     first, second = routing(rng, t, e, rng.randint(1, e)), routing(rng, t, 2, 1)
     return nn.product_routing, {"first": first, "second": second}
+
+
+def semantic(rng):
+    """Codes of vectors, and the vectors of codes."""
+    dim, levels, codes = size(rng, 1, 6), size(rng, 1, 3), size(rng, 1, 5)
+    args = {"dim": dim, "num_levels": levels, "num_codes": codes, "commitment": 0.25, "x": randn(rng, size(rng), dim)}
+    args |= {"steps": size(rng, 1, 4), "seed": 2, "balanced": rng.random() < 0.5, "codes": ids(rng, codes, 3, levels)}
+
+    def call(x, codes, steps, seed, balanced, **options):
+        made = nn.ResidualQuantizer(**options)
+        if not made.codebooks.is_meta:
+            made.fit(x, steps=steps, seed=seed, balanced=balanced)
+            made.reseed_dead_codes(x, seed=seed)
+        found = made(x)
+        return found.codes, found.values.detach(), found.loss.detach(), made.decode(codes).detach()
+
+    call.__qualname__ = "ResidualQuantizer"
+    return call, args
+
+
+def ids_of_experts(rng):
+    """Random routings for tests."""
+    e = size(rng, 1, 6)
+    args = {"num_tokens": size(rng, 0), "num_experts": e, "top_k": rng.randint(1, e), "seed": 1}
+    args |= {"skew": rng.choice(("uniform", "zipf", "one", "few")), "dropped": rng.choice((0.0, 0.5))}
+    return testing.random_expert_ids, args | {"popularity": rng.choice((None, torch.rand(e) + 0.1))}
 
 
 SUBJECTS = (converted, parallel_linear, megablocks, padded_places, steps, schedules)

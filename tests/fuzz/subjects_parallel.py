@@ -161,4 +161,40 @@ def folders(rng):
     return call, args
 
 
-SUBJECTS = (divided_experts, divided_tables, planned, checkpoints, folders)
+def counted(rng):
+    """Norms of gradients, and counts of lookups and of rows beyond a capacity."""
+    rows, dim, kind = size(rng, 1, 20), size(rng, 1, 9), rng.randrange(3)
+    if kind == 0:
+        args = {"parameters": [randn(rng, dim), randn(rng, rows, dim)], "max_norm": rng.choice((0.5, 100.0))}
+
+        def clip(parameters, max_norm):
+            for parameter in parameters if isinstance(parameters, list) else ():
+                parameter.grad = parameter.detach().clone() if isinstance(parameter, torch.Tensor) else None
+            norm = parallel.clip_grad_norm_(parameters, max_norm)
+            return norm, *(p.grad for p in parameters if isinstance(p, torch.Tensor))
+
+        clip.__qualname__ = "clip_grad_norm_"
+        return clip, args
+    if kind == 1:
+        lists = ids(rng, rows, size(rng, 0, 4), size(rng, 1, 3))
+
+        def measure(model):
+            with parallel.measure_lookups(model) as found:
+                model.bag(lists)
+            return torch.tensor(found["bag"].calls)
+
+        measure.__qualname__ = "measure_lookups"
+        return measure, {"model": Model(rows, dim, "sum", None)}
+
+    def overflow(module):
+        with alone() as mesh:
+            if isinstance(module, nn.Experts):
+                module = copy.deepcopy(module)
+                parallel.shard_experts(module, mesh)
+            return torch.tensor(list(parallel.overflow_counts(module).values()))
+
+    overflow.__qualname__ = "overflow_counts"
+    return overflow, {"module": nn.Experts(2, 4, 8)}
+
+
+SUBJECTS = (divided_experts, divided_tables, planned, checkpoints, folders, counted)

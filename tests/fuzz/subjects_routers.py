@@ -153,6 +153,23 @@ def balance(rng):
     return nn.load_loss, args | {"top_k": k, "mask": mask}
 
 
+def after_routing(rng):
+    """A routing that is widened, and losses of it."""
+    t, e, kind = size(rng, 0), size(rng, 2, 6), rng.randrange(3)
+    args = {"routing": nn.softmax_topk(randn(rng, t, e), rng.randint(1, e))}
+    if kind == 0:
+        args |= {"entropy": rng.choice((0.0, 0.8)), "slots": rng.choice((None, 2)), "sequence_length": None}
+        return weights_of(nn.broadcast_uncertain), args
+    mask = rng.choice((None, ids(rng, 2, t).bool()))
+    if kind == 1:
+        args |= {"num_clusters": rng.choice([n for n in (1, 2, 3) if e % n == 0]), "survivors": None, "mask": mask}
+        args |= {"variance_weight": 1.0, "form": rng.choice(("within", "all", "gap")), "mean": rng.random() < 0.5}
+        return nn.cluster_variance_loss, args
+    router = rng.choice((nn.TreeRouter(4, e, 2, 1.0), nn.DSelectKRouter(4, e, 2, 1.0)))
+    args = {"routing": router(randn(rng, t, 4)), "mask": mask}
+    return nn.router_losses, args
+
+
 def gates(rng):
     t, kind = size(rng, 0), rng.randrange(3)
     if kind == 0:
@@ -241,6 +258,45 @@ def decoded(rng):
     return call, args
 
 
+def cached(rng):
+    """Attention along sequences at once and in two calls, and a cache of keys and values by itself."""
+    b, heads, d = size(rng, 1, 3), size(rng, 1, 2), 2 * size(rng, 1, 4)
+    order = ids(rng, b, size(rng, 0, 4))
+    if rng.random() < 0.5:
+        args = {"keys": randn(rng, b, heads, size(rng, 0, 5), d), "values": None, "order": order}
+        args["values"] = randn(rng, *args["keys"].shape)
+
+        def append(keys, values, order):
+            cache = nn.KeyValueCache()
+            cache.append(torch.ones(b, heads, 2, d), torch.zeros(b, heads, 2, d))
+            cache.append(keys, values)
+            cache.reorder(order)
+            return cache.append(torch.ones(len(order), heads, 1, d), torch.zeros(len(order), heads, 1, d))
+
+        append.__qualname__ = "KeyValueCache"
+        return append, args
+    h, e, t = size(rng, 1, 8), size(rng, 1, 4), size(rng, 1, 9)
+    layer, at = nn.MixtureOfAttention(h, e, rng.randint(1, e), num_heads=heads, head_dim=d), rng.randint(0, t)
+    args = {"x": randn(rng, b, t, h), "position_ids": rng.choice((None, torch.arange(t).expand(b, t)))}
+    args["attention_mask"] = rng.choice((None, torch.ones(b, t, dtype=torch.int64)))
+
+    def call(x, position_ids, attention_mask):
+        given = {"position_ids": position_ids, "attention_mask": attention_mask}
+        whole, cache = layer(x, **given), nn.KeyValueCache()
+        if attention_mask is not None or position_ids is not None:
+            return whole.detach()
+        with torch.no_grad():
+            again = torch.cat([layer(part, cache=cache) for part in x.split([at, x.shape[1] - at], 1)], 1)
+        if not again.is_meta and again.isfinite().all() and not torch.allclose(whole, again, 1e-2, 1e-3):
+            raise AssertionError("a sequence in parts gives another result")
+        return whole.detach(), again
+
+    call.__qualname__ = "MixtureOfAttention"
+    # Of the router and the cache, which NaN in x makes NaN.
+    call.signature = ["logits", "keys", "values"]
+    return call, args
+
+
 SUBJECTS = (
     by_module,
     by_module,
@@ -248,8 +304,10 @@ SUBJECTS = (
     permuted,
     by_logits,
     balance,
+    after_routing,
     gates,
     expert_layers,
     whole_layers,
     decoded,
+    cached,
 )

@@ -221,7 +221,9 @@ def dynamic_embedding(rng):
     args = {"dim": size(rng), "capacity": size(rng, 1, 60), "pooling": rng.choice(("sum", "mean", "max", None))}
     args |= {"optimizer": made, "evict": rng.choice(("lru", "lfu", None)), "dtype": rng.choice(TABLE_FLOATS)}
     args |= {"expire_after": rng.choice((None, 2)), "key_dtype": torch.int64, "seed": 3}
-    args["admission"] = rng.choice((None, nn.FrequencyAdmission(2), nn.FrequencyAdmission(2, 64, True)))
+    args["admission"] = rng.choice(
+        (None, nn.FrequencyAdmission(2), nn.FrequencyAdmission(2, 64, True), nn.ProbabilisticAdmission(3))
+    )
     lists = {"ids": ids(rng, 50, size(rng, 0), 2) - 20}
     if args["pooling"] and rng.random() < 0.5:
         offsets = ragged(rng, size(rng, 0), 3)
@@ -257,7 +259,7 @@ def trained(make, inputs):
 
     call.__qualname__ = make.__name__
     # What the primitives behind the layers call their inputs.
-    call.signature = ["index", "table", "weights", "capacity"]
+    call.signature = ["index", "table", "weights", "per_sample_weights", "capacity"]
     # As torch's own layers, whose constructors they are.
     call.errors = (AssertionError,) if issubclass(make, torch.nn.Embedding | torch.nn.EmbeddingBag) else ()
     return call

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from gossamer._checks import check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_index, check_same_device, check_shape, check_strided, check_tensor
 from gossamer._trusted import (
     check_indices,
     check_offsets,
@@ -196,6 +196,7 @@ class BlockTopology:
         check_shape("mask", mask, (None, None), "(rows/bm, cols/bn)")
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
+        check_strided("mask", mask)
         block = check_block(block)
         _check_grid("mask", mask.shape)
         if nnz is not None and (not isinstance(nnz, int) or isinstance(nnz, bool)):

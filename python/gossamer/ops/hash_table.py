@@ -579,6 +579,7 @@ class HashTable:
         check_shape("scores", scores, (count,), "(n,)")
         if scores.dtype != torch.int64:
             raise TypeError(f"scores must be int64, got {scores.dtype}")
+        check_strided("scores", scores)
         self._check_place("scores", scores)
         # Not on CUDA, where the test would stall the stream.
         if least is not None and scores.device.type == "cpu" and count and int(scores.min()) < least:

@@ -219,6 +219,8 @@ def check_state(
     """Check that ``state`` is what ``optimizer`` needs for a step on ``table``, and the rate of its scales."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a gossamer.optim.Optimizer, got {type(optimizer).__name__}")
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to tensors, got {type(state).__name__}")
     kinds = optimizer.state_kinds()
     if set(state) != {"step", *kinds}:
         name = type(optimizer).__name__

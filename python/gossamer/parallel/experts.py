@@ -16,7 +16,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gossamer._autocast import autocast
-from gossamer._checks import check_flag, check_positive, check_same_device, check_sequence
+from gossamer._checks import (
+    check_flag,
+    check_number,
+    check_positive,
+    check_same_device,
+    check_sequence,
+    check_tensor,
+)
 from gossamer.nn.moe.experts.base import Columns, ExpertLayer
 from gossamer.nn.moe.routing import Routing
 from gossamer.ops.gather_reduce import gather_reduce
@@ -462,6 +469,8 @@ def _levels(mesh: DeviceMesh, dim: str | Sequence[str] | None) -> tuple[tuple[st
 
 def expert_layers(module: nn.Module) -> list[tuple[str, ExpertLayer]]:
     """The expert layers inside ``module`` by name; those inside another expert layer are that layer's."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     found: list[tuple[str, ExpertLayer]] = []
     for name, child in module.named_modules():
         inside = any(name.startswith(f"{outer}.") if outer else name for outer, _ in found)
@@ -836,8 +845,17 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor] | torch.Tensor, max_norm:
 
     Returns:
         The norm before, a scalar, the same on every rank.
+
+    Raises:
+        TypeError: ``parameters`` holds something else than tensors, or ``max_norm`` is not a number.
+        ValueError: ``max_norm`` is negative.
     """
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters must be a tensor or an iterable of tensors, got {type(parameters).__name__}")
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    for parameter in parameters:
+        check_tensor("parameters", parameter)
+    check_number("max_norm", max_norm, least=0)
     dense: list[torch.Tensor] = []
     divided: dict[tuple[DeviceMesh, tuple[int, ...]], list[torch.Tensor]] = {}
     for gradient in (parameter.grad for parameter in parameters):

@@ -216,6 +216,8 @@ def named_tables(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: a subclass of one of these overrides the lookup, which shards could not reproduce.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = {name: module for name, module in model.named_modules() if isinstance(module, SHARDABLE)}
     for name, module in found.items():
         base = next(kind for kind in SHARDABLE if isinstance(module, kind))

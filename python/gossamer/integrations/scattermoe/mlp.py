@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from gossamer._checks import check_floating, check_index, check_input, check_positive, check_same_device, check_shape
 from gossamer.integrations._activations import activation_name
 from gossamer.integrations.scattermoe.parallel_experts import ParallelExperts, flatten_sort_count
 from gossamer.integrations.surgery import hooked
@@ -34,6 +35,9 @@ class _FeedForward(nn.Module):
         halves: int,
     ) -> None:
         super().__init__()
+        check_positive(input_size=input_size, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        if activation is not None and not callable(activation):
+            raise TypeError(f"activation must be callable or None, got {type(activation).__name__}")
         self.num_experts = num_experts
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -45,6 +49,15 @@ class _FeedForward(nn.Module):
     def extra_repr(self) -> str:
         """``top_k``."""
         return f"k={self.top_k}"
+
+    def _check(self, x: torch.Tensor, expert_p: torch.Tensor, expert_idxs: torch.Tensor) -> None:
+        """Check the arguments of :meth:`forward` by their names here."""
+        check_input(x, self.input_size, self.experts.weight)
+        check_index("expert_idxs", expert_idxs)
+        check_shape("expert_idxs", expert_idxs, (x.shape[:-1].numel(), self.top_k), "(T, top_k)")
+        check_floating("expert_p", expert_p)
+        check_shape("expert_p", expert_p, tuple(expert_idxs.shape), "(T, top_k)")
+        check_same_device(x=x, expert_p=expert_p, expert_idxs=expert_idxs)
 
     def _between(self, hidden: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define what stands between its products")
@@ -64,6 +77,7 @@ class _FeedForward(nn.Module):
             TypeError: dtypes do not fit.
             ValueError: shapes or devices do not fit, or (on the CPU) an id is negative.
         """
+        self._check(x, expert_p, expert_idxs)
         shape = x.shape
         x = x.reshape(-1, shape[-1])
         order = flatten_sort_count(expert_idxs, num_experts=self.num_experts)
@@ -108,6 +122,7 @@ class MLP(_FeedForward):
         # A product of another class, or one with hooks, must be called as a module.
         if name is None or any(type(product) is not ParallelExperts or hooked(product) for product in products):
             return super().forward(x, expert_p, expert_idxs)
+        self._check(x, expert_p, expert_idxs)
         up, down = products
         y = expert_mlp(
             x.reshape(-1, x.shape[-1]),

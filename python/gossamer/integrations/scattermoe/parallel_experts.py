@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_flags, check_index, check_positive, check_same_device, check_shape, check_strided
+from gossamer._checks import (
+    check_flags,
+    check_floating,
+    check_index,
+    check_positive,
+    check_same_device,
+    check_shape,
+)
 from gossamer.integrations.scattermoe.kernels.ops import sorted_dispatch
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.gather_reduce import combine_slots
@@ -76,6 +83,7 @@ def parallel_linear(
     check_shape("expert_weights", expert_weights, (None, None, None), "(E, C, N)")
     num_experts, inner, outer = expert_weights.shape
     check_shape("expert_offsets", expert_offsets, (num_experts,), "(E,)")
+    check_index("expert_offsets", expert_offsets)
     check_index("sorted_scattered_idxs", sorted_scattered_idxs)
     check_shape("sorted_expert_idxs", sorted_expert_idxs, tuple(sorted_scattered_idxs.shape), "(R,)")
     check_flags(grouped_in=grouped_in, grouped_out=grouped_out)
@@ -85,7 +93,7 @@ def parallel_linear(
     floats = {"inputs": inputs, "expert_weights": expert_weights, "expert_biases": expert_biases, "gates": gates}
     given = {name: tensor for name, tensor in floats.items() if isinstance(tensor, torch.Tensor)}
     for name, tensor in given.items():
-        check_strided(name, tensor)
+        check_floating(name, tensor)
     check_same_device(**given, expert_offsets=expert_offsets)
     routing = sorted_dispatch(sorted_scattered_idxs, expert_offsets, 1 if grouped_in else k)
     weight = expert_weights.transpose(1, 2)

@@ -16,6 +16,7 @@ from gossamer._checks import (
     check_same_device,
     check_shape,
     check_sizes,
+    check_strided,
 )
 from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
@@ -165,6 +166,7 @@ class DeltaRuleLayer(nn.Module):
             raise ValueError("state and cu_seqlens exclude each other: a pack starts from zeros")
         if mask is not None:
             check_shape("mask", mask, tuple(x.shape[:2]), "(B, T)")
+            check_strided("mask", mask)
             check_same_device(x=x, mask=mask)
             x = x * mask.unsqueeze(-1).to(x.dtype)
         b, t, _ = x.shape

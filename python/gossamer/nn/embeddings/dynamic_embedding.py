@@ -251,6 +251,8 @@ class DynamicEmbedding(Table):
                 "layers behind it, and give them what it looks up"
             )
         check_lists(ids, offsets, weights)
+        if ids.dtype != self.table.key_dtype:
+            raise TypeError(f"ids must have the table's key_dtype, {self.table.key_dtype}, got {ids.dtype}")
         if offsets is None and ids.dim() == 1:
             ids, weights = ids.unsqueeze(1), None if weights is None else weights.unsqueeze(1)
         check_lookup(self.table.values, ids, offsets, weights, self.pooling or "sum", "ids")

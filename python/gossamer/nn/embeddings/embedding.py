@@ -303,9 +303,9 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
 
 def bag_lists(layer: EmbeddingBag, input, offsets, weights):
     """Index, offsets, weights, and whether offsets include the last one, after the same checks as in torch."""
-    check_index("input", input)
+    check_index("input", input.values() if isinstance(input, torch.Tensor) and input.is_nested else input)
     if offsets is not None:
-        check_tensor("offsets", offsets)
+        check_index("offsets", offsets)
     if weights is not None:
         check_tensor("per_sample_weights", weights)
         narrow = layer.weight.dtype in (torch.float16, torch.bfloat16)

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from gossamer._checks import (
+    check_flag,
     check_floating,
     check_has_numbers,
     check_index,
+    check_input,
     check_number,
     check_positive,
+    check_same_device,
     check_seed,
     check_shape,
 )
@@ -81,9 +84,10 @@ class ResidualQuantizer(nn.Module):
         """Codes of ``x (..., d)``, their sum, and the loss that trains codebooks and encoder.
 
         Raises:
-            ValueError: the last size of ``x`` is not d.
+            TypeError: ``x`` does not have the dtype of the codebooks.
+            ValueError: the last size of ``x`` is not d, or it is on another device.
         """
-        check_shape("x", x, (*x.shape[:-1], self.dim), "(..., d)")
+        check_input(x, self.dim, self.codebooks)
         left, total, loss, codes = x, torch.zeros_like(x), x.new_zeros(()), []
         for book in self.codebooks:
             chosen = nearest(left.detach(), book.detach())
@@ -101,8 +105,20 @@ class ResidualQuantizer(nn.Module):
         return self(x).codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """The sums ``(..., d)`` of the codewords selected by ``codes (..., L)``."""
+        """The sums ``(..., d)`` of the codewords selected by ``codes (..., L)``.
+
+        Raises:
+            TypeError: ``codes`` is not int32 or int64.
+            ValueError: its last size is not L, or it is on another device than the codebooks.
+            IndexError: on the CPU, a code is not in ``[0, K)``.
+        """
+        check_index("codes", codes)
         check_shape("codes", codes, (*codes.shape[:-1], self.num_levels), "(..., L)")
+        check_same_device(codebooks=self.codebooks, codes=codes)
+        if codes.is_cpu and codes.numel() and not torch.compiler.is_compiling():
+            least, most = (int(code) for code in codes.aminmax())
+            if least < 0 or most >= self.num_codes:
+                raise IndexError(f"codes must be in [0, K) with K={self.num_codes}, got {least} to {most}")
         return sum(book[code] for book, code in zip(self.codebooks, codes.unbind(-1), strict=True))
 
     @torch.no_grad()
@@ -123,6 +139,8 @@ class ResidualQuantizer(nn.Module):
             ValueError: ``x`` has another shape, or no vector.
         """
         check_shape("x", x, (None, self.dim), "(n, d)")
+        check_seed(seed)
+        check_flag("balanced", balanced)
         if not len(x):
             raise ValueError("x must hold at least one vector, got 0")
         left, codes = x.to(self.codebooks.dtype), []
@@ -137,7 +155,9 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def reseed_dead_codes(self, x: torch.Tensor, *, seed: int = 0) -> int:
         """Move codewords that no vector of ``x (n, d)`` chooses onto residuals drawn from it; return their number."""
+        check_floating("x", x)
         check_shape("x", x, (None, self.dim), "(n, d)")
+        check_has_numbers("x", x)
         check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         left, dead = x.to(self.codebooks.dtype), 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gossamer._checks import check_flags, check_index, check_positive, check_shape
+from gossamer._checks import check_flags, check_index, check_positive, check_shape, check_strided
 from gossamer.ops.gather_reduce import gather_reduce
 
 POOLINGS = ("sum", "mean", "max")
@@ -204,6 +204,7 @@ def check_lists(ids: torch.Tensor, offsets: torch.Tensor | None, weights: torch.
         raise ValueError(f"ids must have shape {wanted}, got {tuple(ids.shape)}")
     if weights is not None:
         check_shape("per_sample_weights", weights, tuple(ids.shape), "that of ids")
+        check_strided("per_sample_weights", weights)
 
 
 def check_budget(nbytes: int) -> None:

@@ -68,6 +68,8 @@ class QuantizedLinear(nn.Module):
         """``(..., O)`` for ``x (..., I)``."""
         if last_size("x", x, "(..., I)") != self.in_features:
             raise ValueError(f"x must have shape (..., I) with I = {self.in_features}, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}")
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         y = base_linear(rows, self.weight.weight(), self.bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import check_positive, check_shape, check_tensor, check_traceable
+from gossamer._checks import check_positive, check_shape, check_strided, check_tensor, check_traceable
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.routers import router_class
@@ -217,6 +217,7 @@ class MoE(nn.Module):
         if token_ids is None:
             return {}
         check_tensor("token_ids", token_ids)
+        check_strided("token_ids", token_ids)
         if token_ids.numel() != num_tokens:
             raise ValueError(
                 f"token_ids must have one id for each of T = {num_tokens} tokens, got shape {tuple(token_ids.shape)}"

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from gossamer._checks import (
     MAX_SIZE,
     check_floating,
+    check_index,
     check_number,
     check_positive,
     check_same_device,
@@ -83,6 +84,7 @@ def _kept(mask: torch.Tensor | None, tokens: torch.Tensor, name: str = "routing"
     if mask is None:
         return None
     check_tensor("mask", mask)
+    check_strided("mask", mask)
     if mask.numel() != tokens.shape[0]:
         raise ValueError(
             f"mask must have one value for each of T = {tokens.shape[0]} tokens, got shape {tuple(mask.shape)}"
@@ -523,12 +525,14 @@ def cluster_variance_loss(
         group: of data-parallel ranks.
 
     Raises:
-        TypeError: ``routing`` is something else, or ``num_clusters`` is not an int.
+        TypeError: ``routing`` is something else, ``num_clusters`` is not an int, or ``survivors`` does not hold ints.
         ValueError: as :func:`load_balance_loss`; ``num_clusters`` does not divide E, or ``form`` is unknown.
+        IndexError: on the CPU, a survivor is not a position within a cluster.
     """
     check_positive(num_clusters=num_clusters)
     if form not in CLUSTER_FORMS:
         raise ValueError(f"form must be one of {CLUSTER_FORMS}, got {form!r}")
+    check_number("variance_weight", variance_weight, finite=True)
     totals = _totals(routing, mask, group, first=True)
     num_experts = totals.counts.numel()
     if num_experts % num_clusters:
@@ -538,6 +542,7 @@ def cluster_variance_loss(
     chosen = totals.fractions.view(num_clusters, -1)
     means = totals.mean.view(num_clusters, -1)
     if survivors is not None:
+        _check_survivors(survivors, means)
         chosen, means = chosen[:, survivors], means[:, survivors]
     weights = means if mean else means * totals.rows
     over = weights.reshape(1, -1) if form == "all" else weights
@@ -547,6 +552,17 @@ def cluster_variance_loss(
         largest = means.mean(dim=1).topk(2).values
         variance = variance / (largest[0] - largest[1]).exp()
     return chosen.numel() * ((weights * (chosen + 1e-6)).sum() + variance_weight * variance)
+
+
+def _check_survivors(survivors: torch.Tensor, means: torch.Tensor) -> None:
+    """Positions within the clusters ``means (N, E/N)``."""
+    check_index("survivors", survivors)
+    check_shape("survivors", survivors, (None,), "(S,)")
+    check_same_device(routing=means, survivors=survivors)
+    if survivors.is_cpu and survivors.numel() and not torch.compiler.is_compiling():
+        least, most = (int(position) for position in survivors.aminmax())
+        if least < 0 or most >= means.shape[1]:
+            raise IndexError(f"survivors must be in [0, E/N) with E/N={means.shape[1]}, got {least} to {most}")
 
 
 def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -562,6 +578,8 @@ def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | 
         TypeError: ``routing`` is something else.
         ValueError: a mask of another size or device.
     """
+    if not isinstance(routing, (Routing, Sequence)):
+        raise TypeError(f"routing must be a Routing or a sequence of them, got {type(routing).__name__}")
     layers = [routing] if isinstance(routing, Routing) else list(routing)
     totals: dict[str, torch.Tensor] = {}
     for layer in layers:
@@ -601,8 +619,7 @@ def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) ->
         raise TypeError(f"bias must be float32 or float64, got {bias.dtype}, in which small steps round away")
     check_written("bias", bias)
     check_shape("counts", counts, tuple(bias.shape), "(E,)")
-    if counts.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"counts must be int32 or int64, got {counts.dtype}")
+    check_index("counts", counts)
     check_same_device(bias=bias, counts=counts)
     check_number("rate", rate, least=0, finite=True)
     with torch.no_grad():

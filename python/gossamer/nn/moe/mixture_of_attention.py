@@ -14,10 +14,13 @@ from torch import nn
 from gossamer._autocast import no_autocast
 from gossamer._checks import (
     check_flags,
+    check_floating,
     check_index,
     check_positive,
     check_same_device,
+    check_same_dtype,
     check_shape,
+    check_strided,
     check_tensor,
     check_traceable,
 )
@@ -46,8 +49,16 @@ class KeyValueCache:
         d)``.
 
         Raises:
-            ValueError: the other sizes differ from those in the cache.
+            TypeError: one is not a dense floating tensor, or they have another dtype than each other or the cache.
+            ValueError: the other sizes differ from each other's or those in the cache, or the devices do.
         """
+        check_floating("keys", keys)
+        check_floating("values", values)
+        check_shape("keys", keys, (None,) * 4, "(B, h, S, d)")
+        check_shape("values", values, tuple(keys.shape), "that of keys")
+        cached = None if self._room is None else self._room[0]
+        check_same_device(keys=keys, values=values, cached=cached)
+        check_same_dtype(keys=keys, values=values, cached=cached)
         length = self.length + keys.shape[2]
         if self._room is None:
             self._room = keys.detach().clone(), values.detach().clone()
@@ -297,7 +308,7 @@ class MixtureOfAttention(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=device).unsqueeze(0)
         else:
-            check_tensor("position_ids", position_ids)
+            check_index("position_ids", position_ids)
             check_same_device(x=tensors[0], position_ids=position_ids)
             if position_ids.shape not in ((batch, length), (1, length)):
                 raise ValueError(
@@ -323,6 +334,7 @@ class MixtureOfAttention(nn.Module):
         ordered = self.causal and length > 1
         if attention_mask is not None:
             check_tensor("attention_mask", attention_mask)
+            check_strided("attention_mask", attention_mask)
             check_same_device(x=x, attention_mask=attention_mask)
         if attention_mask is None:
             if not ordered:

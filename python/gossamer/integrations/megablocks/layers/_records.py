@@ -57,6 +57,7 @@ def clear(kind: type[Recording], model: nn.Module | None = None) -> None:
 
 def cast_if_autocast_enabled(x: torch.Tensor) -> torch.Tensor:
     """``x`` in autocast's dtype if autocast is on: moving rows in it saves bandwidth."""
-    if torch.is_autocast_enabled(x.device.type):
+    # Meta tensors have no autocast; querying it raises.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

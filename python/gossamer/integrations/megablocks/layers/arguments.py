@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_number, check_positive
 from gossamer.nn.moe.capacity import check_capacity_factor
 from gossamer.nn.moe.routing import check_selection
 
@@ -138,6 +138,10 @@ def check_arguments(args: Arguments) -> None:
             raise ValueError(f"{name} must be one of {choices}, got {getattr(args, name)!r}")
     if not callable(args.activation_fn):
         raise TypeError(f"activation_fn must be callable, got {type(args.activation_fn).__name__}")
+    check_number("moe_loss_weight", args.moe_loss_weight)
+    check_number("moe_zloss_weight", args.moe_zloss_weight)
+    check_number("moe_jitter_eps", args.moe_jitter_eps, optional=True)
+    check_number("moe_normalize_expert_weights", args.moe_normalize_expert_weights, optional=True)
     try:
         check_capacity_factor(args.moe_capacity_factor or None)
     except (TypeError, ValueError) as error:

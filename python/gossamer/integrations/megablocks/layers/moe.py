@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_shape
+from gossamer._checks import check_floating, check_shape
 from gossamer.integrations.megablocks.layers import _records, sharedexpert_registry
 from gossamer.integrations.megablocks.layers.arguments import Arguments, check_arguments
 from gossamer.integrations.megablocks.layers.mlp import MLP
@@ -126,6 +126,7 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The layer's output for ``x (..., d)``; with ``bias`` and ``return_bias`` the pair of it and the bias."""
+        check_floating("x", x)
         x = _records.cast_if_autocast_enabled(x)
         scores, weights, indices = self.router(x)
         out = self.experts(x, scores, weights, indices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gossamer._checks import check_input
 from gossamer.integrations.megablocks.layers import _records
 from gossamer.integrations.megablocks.layers.arguments import Arguments
 
@@ -36,6 +37,7 @@ class LearnedRouter(_records.Recording):
         Returns:
             ``scores (T, E)``, ``expert_weights (T, k)`` and ``expert_indices (T, k)`` int64.
         """
+        check_input(x, self.args.hidden_size, self.layer.weight)
         if self.training and self.args.moe_jitter_eps is not None:
             x = x * self.jitter(x)
         logits = self.layer(x.reshape(-1, x.shape[-1]))

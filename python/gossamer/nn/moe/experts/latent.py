@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import check_flags
+from gossamer._checks import check_flags, check_input
 from gossamer.nn.moe.experts.factored import FactoredExperts, sizes_and_options
 from gossamer.nn.moe.experts.grouped import Experts, float_weights
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
@@ -194,7 +194,10 @@ class LatentExperts(FactoredExperts):
         return self.leave(self.between(self.enter(tokens), routing))
 
     def enter(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.linear(tokens, self.in_proj[0]) if self._latents_enter else tokens
+        if not self._latents_enter:
+            return tokens
+        check_input(tokens, self.hidden_size, self.in_proj)
+        return F.linear(tokens, self.in_proj[0])
 
     def leave(self, rows: torch.Tensor) -> torch.Tensor:
         return F.linear(rows, self.out_proj[0]) if self._latents_enter and self.out_proj is not None else rows

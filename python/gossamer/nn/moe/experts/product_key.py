@@ -9,11 +9,11 @@ from torch import nn
 
 from gossamer._activation import Activation, as_activation
 from gossamer._autocast import no_autocast
-from gossamer._checks import check_flags, check_positive, check_traceable
+from gossamer._checks import check_flags, check_input, check_positive, check_traceable
 from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.nn.embeddings.table import bytes_of
 from gossamer.nn.moe.experts.base import ExpertLayer
-from gossamer.nn.moe.routing import Routing, check_hidden
+from gossamer.nn.moe.routing import Routing
 from gossamer.ops.activate import activate
 from gossamer.ops.embedding import advise_huge_pages
 from gossamer.ops.gather_dot import gather_dot
@@ -140,10 +140,11 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         Queries and scores are computed in float32 (float64 for float64). Several heads may list the same expert.
 
         Raises:
+            TypeError: ``x`` does not have the dtype of the parameters.
             ValueError: the size of ``x`` does not fit, or a call in training with batch normalisation has only one
                 token; on the CPU, a query is not finite.
         """
-        check_hidden(x, self.hidden_size, self.keys)
+        check_input(x, self.hidden_size, self.query.weight)
         tokens = x.reshape(-1, self.hidden_size)
         queries = self._queries(tokens)
         with no_autocast(x.device):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation, as_activation
-from gossamer._checks import check_positive
+from gossamer._checks import check_input, check_positive
 from gossamer.ops.activate import activate
 
 
@@ -47,4 +47,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``act(x·W1ᵀ + b1)·W2ᵀ + b2`` for ``x (..., H)``."""
-        return self.down_proj(activate(getattr(self, self._up_name)(x), self.activation))
+        up = getattr(self, self._up_name)
+        if type(up) is nn.Linear:
+            check_input(x, up.in_features, up.weight)
+        return self.down_proj(activate(up(x), self.activation))

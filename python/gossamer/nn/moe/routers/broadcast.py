@@ -47,7 +47,8 @@ def broadcast_uncertain(
         uncertain = -(probabilities * (probabilities + 1e-5).log()).sum(dim=1) >= entropy
         if slots is not None:
             length = max(num_tokens, 1) if sequence_length is None else sequence_length
-            if length < 1 or num_tokens % length:
+            check_positive(sequence_length=length)
+            if num_tokens % length:
                 raise ValueError(f"sequence_length must divide T = {num_tokens}, got {length}")
             of_sequence = uncertain.view(-1, length)
             uncertain = (of_sequence & (of_sequence.cumsum(dim=1) <= slots)).flatten()

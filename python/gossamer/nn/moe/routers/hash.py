@@ -9,7 +9,15 @@ import random
 import torch
 import torch.nn.functional as F
 
-from gossamer._checks import check_has_numbers, check_index, check_positive, check_same_device, check_seed, check_shape
+from gossamer._checks import (
+    check_has_numbers,
+    check_index,
+    check_positive,
+    check_same_device,
+    check_seed,
+    check_shape,
+    check_strided,
+)
 from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routing import Routing, check_selection, given_experts
 
@@ -66,6 +74,7 @@ def frequency_table(frequencies: torch.Tensor, num_experts: int, top_k: int = 1,
     check_shape("frequencies", frequencies, (None,), "(V,)")
     check_selection(num_experts, top_k)
     check_seed(seed)
+    check_strided("frequencies", frequencies)
     check_has_numbers("frequencies", frequencies)
     values = frequencies.detach().double().cpu()
     if not bool(((values >= 0) & (values < math.inf)).all()):

@@ -1,0 +1,61 @@
+"""Layers written for ScatterMoE and MegaBlocks."""
+
+from __future__ import annotations
+
+import torch
+from draws import ids, randn, size
+from subjects_modules import layer_call
+
+from gossamer.integrations import megablocks, scattermoe
+
+
+def scattered(rng):
+    """ScatterMoE's expert layers by given experts and gates, and one of their products."""
+    t, c, n, e = size(rng, 0), size(rng, 1, 16), size(rng, 1, 16), size(rng, 1, 6)
+    k, bias = rng.randint(1, min(2, e)), rng.random() < 0.4
+    idxs = ids(rng, e, t, k)
+    if rng.random() < 0.3:
+        args = {"num_experts": e, "input_size": c, "output_size": n, "bias": bias, "inputs": randn(rng, t, c), "k": k}
+        args |= {"gates": rng.choice((None, randn(rng, t, k)))}
+        order = scattermoe.flatten_sort_count(idxs, num_experts=e)
+        names = ("sorted_expert_idxs", "sorted_scattered_idxs", "expert_offsets")
+        inputs = ("inputs", "k", *names, "gates")
+        call = layer_call(scattermoe.ParallelExperts, inputs, 5)
+        call.signature += ["x", "weight"]
+        return call, args | dict(zip(names, order, strict=True))
+    made = rng.choice((scattermoe.MLP, scattermoe.GLUMLP))
+    args = {"input_size": c, "hidden_size": n, "num_experts": e, "top_k": k, "bias": bias}
+    args["activation"] = rng.choice((None, torch.nn.SiLU(), torch.nn.Tanh()))
+    call = layer_call(made, ("x", "expert_p", "expert_idxs"), 3)
+    return call, args | {"x": randn(rng, t, c), "expert_p": randn(rng, t, k).softmax(-1), "expert_idxs": idxs}
+
+
+def of_arguments(rng):
+    """MegaBlocks' layers, and the losses that they leave behind."""
+    e, kind = size(rng, 1, 5), rng.choice((megablocks.MoE, megablocks.dMoE))
+    args = {"hidden_size": size(rng, 1, 16), "ffn_hidden_size": 16 * size(rng, 1, 2), "moe_num_experts": e}
+    args |= {"moe_top_k": rng.randint(1, e), "moe_capacity_factor": rng.choice((0, 1, 1.5)), "fp16": False}
+    args |= {"bias": rng.random() < 0.5, "return_bias": rng.random() < 0.5, "moe_loss_weight": rng.choice((0, 0.1))}
+    args |= {"mlp_type": "mlp" if kind is megablocks.MoE else rng.choice(("mlp", "glu")), "moe_jitter_eps": None}
+    args |= {"mlp_impl": rng.choice(("sparse", "grouped")), "moe_zloss_weight": rng.choice((0, 1e-3))}
+    args |= {"moe_normalize_expert_weights": rng.choice((None, 1, 2)), "shared_expert": rng.random() < 0.3}
+    args |= {"num_layers": 1, "device": "cpu", "uniform_expert_assignment": rng.random() < 0.2}
+    x = randn(rng, size(rng, 0, 9), size(rng, 1, 3), args["hidden_size"])
+
+    def call(x, **options):
+        made = megablocks.Arguments(**options)
+        layer = kind(made)
+        y = layer(x)
+        losses = [megablocks.batched_load_balancing_loss(made, layer)] if made.moe_loss_weight else []
+        losses += [megablocks.batched_router_zloss(made, layer)] if made.moe_zloss_weight else []
+        return [part.detach() for part in (*(y if isinstance(y, tuple) else (y,)), *losses) if part is not None]
+
+    call.__qualname__ = kind.__name__
+    # What the primitives behind the layers call their inputs.
+    call.signature = ["expert_ids", "weights", "logits"]
+    # As torch's own modules, which the options make.
+    call.fixed = ("device",)
+    return call, args | {"x": x}
+
+
+SUBJECTS = (scattered, of_arguments)
