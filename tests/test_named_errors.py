@@ -498,6 +498,15 @@ NUMBERS = {
         ValueError,
         r"popularity must have shape \(E,\) = \(2\), got \(3,\)",
     ),
+    "bias of a shared expert": (lambda: SharedExpert(4, 8, bias=PAIR), TypeError, "bias must be a bool, got Tensor"),
+    "bias of a router": (lambda: nn.SoftmaxRouter(4, 2, 1, bias=PAIR), TypeError, "bias must be a bool, got Tensor"),
+    "wrap": (lambda: nn.RandomBlockEmbedding(9, 4, 12, wrap=PAIR), TypeError, "wrap must be a bool, got Tensor"),
+    "bias of MegaBlocks": (lambda: Arguments(bias=PAIR), TypeError, "bias must be a bool, got Tensor"),
+    "capacity of MegaBlocks": (
+        lambda: Arguments(moe_capacity_factor=PAIR),
+        TypeError,
+        "moe_capacity_factor must be a number, got Tensor",
+    ),
     "an assertion": (
         lambda: testing.assert_close([1.0], torch.ones(1), torch.ones(1)),
         TypeError,

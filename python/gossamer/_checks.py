@@ -206,10 +206,10 @@ def last_size(name: str, tensor: torch.Tensor, symbols: str) -> int:
     return tensor.shape[-1]
 
 
-def check_input(x: torch.Tensor, columns: int, weight: torch.Tensor) -> None:
+def check_input(x: torch.Tensor, columns: int, weight: torch.Tensor, symbols: str = "(..., C)") -> None:
     """``x (..., C)`` must fit a layer with C = ``columns`` and this weight; under autocast any floating dtype does."""
-    last_size("x", x, "(..., C)")
-    check_shape("x", x, (*x.shape[:-1], columns), "(..., C)")
+    last_size("x", x, symbols)
+    check_shape("x", x, (*x.shape[:-1], columns), symbols)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.device != weight.device:

@@ -7,7 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gossamer._checks import check_floating, check_index, check_input, check_positive, check_same_device, check_shape
+from gossamer._checks import (
+    check_flag,
+    check_floating,
+    check_index,
+    check_input,
+    check_positive,
+    check_same_device,
+    check_shape,
+)
 from gossamer.integrations._activations import activation_name
 from gossamer.integrations.scattermoe.parallel_experts import ParallelExperts, flatten_sort_count
 from gossamer.integrations.surgery import hooked
@@ -36,6 +44,7 @@ class _FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(input_size=input_size, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        check_flag("bias", bias)
         if activation is not None and not callable(activation):
             raise TypeError(f"activation must be callable or None, got {type(activation).__name__}")
         self.num_experts = num_experts

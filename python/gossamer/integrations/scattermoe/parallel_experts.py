@@ -136,6 +136,7 @@ class ParallelExperts(nn.Module):
     def __init__(self, num_experts: int, input_size: int, output_size: int, bias: bool = False) -> None:
         super().__init__()
         check_positive(num_experts=num_experts, input_size=input_size, output_size=output_size)
+        check_flags(bias=bias)
         self.weight = nn.Parameter(torch.empty(num_experts, output_size, input_size))
         self.bias = nn.Parameter(torch.empty(num_experts, output_size)) if bias else None
         self.num_experts = num_experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_positive
+from gossamer._checks import check_flag, check_positive
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.ops.gather_compose import Parts
@@ -57,6 +57,7 @@ class RandomBlockEmbedding(SeededMaps, SharedRowsTable):
         **options: object,
     ) -> None:
         check_positive(embedding_dim=embedding_dim, num_weights=num_weights, block_size=block_size)
+        check_flag("wrap", wrap)
         if block_size > num_weights:
             raise ValueError(f"block_size must be at most the number of weights, {num_weights}, got {block_size}")
         self.block_size, self.wrap = block_size, wrap

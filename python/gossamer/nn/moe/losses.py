@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from gossamer._checks import (
     MAX_SIZE,
+    check_flag,
     check_floating,
     check_index,
     check_number,
@@ -533,6 +534,7 @@ def cluster_variance_loss(
     if form not in CLUSTER_FORMS:
         raise ValueError(f"form must be one of {CLUSTER_FORMS}, got {form!r}")
     check_number("variance_weight", variance_weight, finite=True)
+    check_flag("mean", mean)
     totals = _totals(routing, mask, group, first=True)
     num_experts = totals.counts.numel()
     if num_experts % num_clusters:

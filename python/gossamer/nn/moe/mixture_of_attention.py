@@ -308,7 +308,8 @@ class MixtureOfAttention(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=device).unsqueeze(0)
         else:
-            check_index("position_ids", position_ids)
+            check_tensor("position_ids", position_ids)
+            check_strided("position_ids", position_ids)
             check_same_device(x=tensors[0], position_ids=position_ids)
             if position_ids.shape not in ((batch, length), (1, length)):
                 raise ValueError(

@@ -11,11 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_number, check_positive
+from gossamer._checks import check_flags, check_number, check_positive
 from gossamer.nn.moe.capacity import check_capacity_factor
 from gossamer.nn.moe.routing import check_selection
 
 DEFAULT_ACTIVATION_FN = functools.partial(F.gelu, approximate="tanh")
+_FLAGS = (
+    "bias",
+    "return_bias",
+    "fp16",
+    "bf16",
+    "moe_lbl_in_fp32",
+    "uniform_expert_assignment",
+    "shared_expert",
+    "shared_expert_weighted_sum",
+    "moe_zloss_in_fp32",
+)
 _DEFAULT_INIT = functools.partial(nn.init.normal_, mean=0.0, std=0.02)
 
 
@@ -138,6 +149,8 @@ def check_arguments(args: Arguments) -> None:
             raise ValueError(f"{name} must be one of {choices}, got {getattr(args, name)!r}")
     if not callable(args.activation_fn):
         raise TypeError(f"activation_fn must be callable, got {type(args.activation_fn).__name__}")
+    check_flags(**{name: getattr(args, name) for name in _FLAGS})
+    check_number("moe_capacity_factor", args.moe_capacity_factor)
     check_number("moe_loss_weight", args.moe_loss_weight)
     check_number("moe_zloss_weight", args.moe_zloss_weight)
     check_number("moe_jitter_eps", args.moe_jitter_eps, optional=True)

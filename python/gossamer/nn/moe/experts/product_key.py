@@ -144,7 +144,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
             ValueError: the size of ``x`` does not fit, or a call in training with batch normalisation has only one
                 token; on the CPU, a query is not finite.
         """
-        check_input(x, self.hidden_size, self.query.weight)
+        check_input(x, self.hidden_size, self.query.weight, "(..., H)")
         tokens = x.reshape(-1, self.hidden_size)
         queries = self._queries(tokens)
         with no_autocast(x.device):

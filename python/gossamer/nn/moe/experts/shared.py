@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation, as_activation
-from gossamer._checks import check_input, check_positive
+from gossamer._checks import check_flag, check_input, check_positive
 from gossamer.ops.activate import activate
 
 
@@ -39,6 +39,7 @@ class SharedExpert(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
+        check_flag("bias", bias)
         self.activation = as_activation(activation)
         self._up_name = "gate_up_proj" if self.activation.gated else "up_proj"
         form = {"bias": bias, "device": device, "dtype": dtype}

@@ -83,6 +83,7 @@ class LinearRouter(Router):
         check_selection(num_experts, top_k)
         rows = num_experts if num_logits is None else num_logits
         check_positive(num_logits=rows)
+        check_flag("bias", bias)
         check_flag("upcast", upcast)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
