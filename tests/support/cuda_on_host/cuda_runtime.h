@@ -1,15 +1,19 @@
-// Stands in for CUDA's header of that name: what the kernels and their launches use of it, on threads of the host.
+// Stands in for CUDA's header of that name: what the kernels and their launches use of it, on one thread of the host.
 #pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -69,7 +73,7 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function
   return cudaSuccess;
 }
 
-inline thread_local dim3 threadIdx, blockIdx, gridDim;
+inline dim3 threadIdx, blockIdx, gridDim;
 
 template <class T>
 T __ldg(const T* at) {
@@ -78,38 +82,93 @@ T __ldg(const T* at) {
 
 namespace host {
 
+// A kernel's threads take turns on one thread of the host: each has a stack, and runs until it has to wait. Between two waits
+// nothing else runs, and the order of turns is fixed, so that a missing barrier shows in every run or in none.
+struct Fiber {
+  static constexpr size_t kStack = 1 << 18;
+
+  std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(kStack);
+  jmp_buf place;
+  dim3 thread_index, block_index;
+  struct Block* block;
+  bool begun, ended;
+};
+inline Fiber* running;
+inline jmp_buf turns;               // where a fiber that waits or ends goes
+inline uint64_t progress;           // counts ends of fibers and barriers that were passed
+inline std::function<void()> body;  // what each fiber runs
+
+inline void yield() {
+  if (_setjmp(running->place) == 0) _longjmp(turns, 1);
+}
+
+inline void enter() {
+  body();
+  running->ended = true;
+  ++progress;
+  _longjmp(turns, 1);
+}
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned size) : size_(size) {}
+
+  void arrive_and_wait() {
+    const unsigned mine = phase_;
+    if (++arrived_ < size_) {
+      while (phase_ == mine) yield();
+      return;
+    }
+    arrived_ = 0;
+    ++phase_;
+    ++progress;
+  }
+
+ private:
+  unsigned size_, arrived_ = 0, phase_ = 0;
+};
+
 // The lanes of a warp meet here, and pass each other values.
 struct Warp {
-  std::barrier<> meet{32};
+  Barrier meet{32};
   uint64_t values[32];
 };
 
 struct Block {
   std::vector<std::unique_ptr<Warp>> warps;
-  std::barrier<> meet;
+  Barrier meet;
   unsigned rank;  // in the cluster
 
   Block(unsigned threads, unsigned rank) : meet(threads), rank(rank) {
     for (unsigned w = 0; w < threads / 32; ++w) warps.push_back(std::make_unique<Warp>());
   }
 };
-inline thread_local Block* block;
+inline Block* block;
 // All threads of the cluster that runs.
-inline std::unique_ptr<std::barrier<>> cluster_meet;
+inline std::unique_ptr<Barrier> cluster_meet;
 inline Warp& warp() { return *block->warps[threadIdx.x / 32]; }
 
 void begin_cluster(unsigned blocks);
 void end_cluster();
 
-template <class T>
-T exchange(T value, unsigned from) {
+// Exchanges values between the lanes of a warp: what f makes of them, which it reads by of(lane).
+template <class T, class F>
+auto with_values(T value, F&& f) {
   Warp& mine = warp();
   memcpy(&mine.values[threadIdx.x % 32], &value, sizeof value);
   mine.meet.arrive_and_wait();
-  T out;
-  memcpy(&out, &mine.values[from], sizeof out);
+  const auto out = f([&](unsigned lane) {
+    T other;
+    memcpy(&other, &mine.values[lane], sizeof other);
+    return other;
+  });
   mine.meet.arrive_and_wait();
   return out;
+}
+
+template <class T>
+T exchange(T value, unsigned from) {
+  return with_values(value, [&](auto of) { return of(from); });
 }
 
 }  // namespace host
@@ -131,14 +190,18 @@ T __shfl_up_sync(unsigned, T value, unsigned step) {
 }
 template <class T>
 unsigned __match_any_sync(unsigned, T value) {
-  unsigned equal = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) equal |= unsigned{host::exchange(value, lane) == value} << lane;
-  return equal;
+  return host::with_values(value, [&](auto of) {
+    unsigned equal = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) equal |= unsigned{of(lane) == value} << lane;
+    return equal;
+  });
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
-  unsigned set = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) set |= unsigned{host::exchange(value, lane)} << lane;
-  return set;
+  return host::with_values(value, [](auto of) {
+    unsigned set = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) set |= unsigned{of(lane)} << lane;
+    return set;
+  });
 }
 inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
@@ -169,36 +232,68 @@ struct cudaLaunchConfig_t {
 
 namespace host {
 
-// One cluster after the other, with a thread of the host for each of its blocks' own, which serve all clusters.
+inline void take_turn(Fiber& fiber) {
+  running = &fiber;
+  threadIdx = fiber.thread_index;
+  blockIdx = fiber.block_index;
+  block = fiber.block;
+  if (_setjmp(turns) != 0) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = Fiber::kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
+}
+
+// Runs the fibers until all have ended, in ascending order or in descending order.
+inline void take_turns(const std::vector<Fiber*>& fibers, bool descending) {
+  const auto count = static_cast<unsigned>(fibers.size());
+  for (unsigned ended = 0; ended < count;) {
+    const uint64_t before = progress;
+    ended = 0;
+    for (unsigned i = 0; i < count; ++i) {
+      Fiber& fiber = *fibers[descending ? count - 1 - i : i];
+      if (!fiber.ended) take_turn(fiber);
+      ended += fiber.ended;
+    }
+    if (progress == before) {
+      std::fprintf(stderr, "a barrier is never passed (block %u)\n", fibers[0]->block_index.x);
+      std::abort();
+    }
+  }
+}
+
+// One cluster after the other. Every other cluster's threads take turns in descending order: a missing barrier shows in one
+// order at least.
 template <class Call>
 void run_grid(dim3 grid, dim3 threads_of_block, unsigned cluster, const Call& call) {
+  static std::vector<std::unique_ptr<Fiber>> pool;
   const unsigned count = cluster * threads_of_block.x;
-  std::vector<std::unique_ptr<Block>> blocks;
-  std::barrier<> between{count};
-  cluster_meet = std::make_unique<std::barrier<>>(count);
-  std::vector<std::thread> threads;
-  for (unsigned t = 0; t < count; ++t) {
-    threads.emplace_back([&, t] {
+  while (pool.size() < count) pool.push_back(std::make_unique<Fiber>());
+  gridDim = grid;
+  body = call;
+  for (unsigned first = 0; first < grid.x; first += cluster) {
+    begin_cluster(cluster);
+    memset(gossamer::cuda::counting_sort::shared_words, 0x55, sizeof gossamer::cuda::counting_sort::shared_words);
+    cluster_meet = std::make_unique<Barrier>(count);
+    std::vector<std::unique_ptr<Block>> blocks;
+    for (unsigned r = 0; r < cluster; ++r) blocks.push_back(std::make_unique<Block>(threads_of_block.x, r));
+    std::vector<Fiber*> fibers;
+    for (unsigned t = 0; t < count; ++t) {
       const unsigned rank = t / threads_of_block.x;
-      threadIdx = {t % threads_of_block.x};
-      gridDim = grid;
-      for (unsigned first = 0; first < grid.x; first += cluster) {
-        if (t == 0) {
-          begin_cluster(cluster);
-          memset(gossamer::cuda::counting_sort::shared_words, 0x55, sizeof gossamer::cuda::counting_sort::shared_words);
-          blocks.clear();
-          for (unsigned r = 0; r < cluster; ++r) blocks.push_back(std::make_unique<Block>(threads_of_block.x, r));
-        }
-        between.arrive_and_wait();
-        block = blocks[rank].get();
-        blockIdx = {first + rank};
-        call();
-        between.arrive_and_wait();
-        if (t == 0) end_cluster();
-      }
-    });
+      Fiber& fiber = *fibers.emplace_back(pool[t].get());
+      fiber.thread_index = {t % threads_of_block.x};
+      fiber.block_index = {first + rank};
+      fiber.block = blocks[rank].get();
+      fiber.begun = fiber.ended = false;
+    }
+    take_turns(fibers, first / cluster % 2 == 1);
+    end_cluster();
   }
-  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace host
