@@ -400,7 +400,8 @@ class ShardedExperts:
         )
         if self.slices is not None:
             y = _Summed.apply(y, self.slices.group)
-        return layer.leave(y).view(x.shape), other
+        y = layer.leave(y)
+        return (y if x.dim() == 2 else y.view(x.shape)), other
 
     def _compute(
         self, layer: ExpertLayer, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, max_rows: int

@@ -201,9 +201,10 @@ class MoE(nn.Module):
         if routing.residual is not None:
             check_shape("routing.residual", routing.residual, (tokens.shape[0],), "(T,)")
             y = y + (routing.residual.unsqueeze(1) * tokens).to(y.dtype)
+        if x.dim() != 2:
+            y, shared = y.view(x.shape), None if shared is None else shared.view(x.shape)
         if shared is not None:
             y = y + shared
-        y = y.view(x.shape)
         return (y, routing) if return_routing else y
 
     def _shared(self, tokens: torch.Tensor) -> torch.Tensor:

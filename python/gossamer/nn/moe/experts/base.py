@@ -117,7 +117,9 @@ class ExpertLayer(nn.Module):
             y, other = self.exchange(self, x, routing, weights, beside)
             return y if beside is None else (y, other)
         tokens, routing = self.checked(x, routing, weights)
-        y = self.compute(tokens, routing.dispatched()).view(x.shape)
+        y = self.compute(tokens, routing.dispatched())
+        # No view unless needed: FSDP2 warns of outputs that are views, since changes in place would bypass its hooks.
+        y = y if x.dim() == 2 else y.view(x.shape)
         return y if beside is None else (y, beside())
 
     def checked(

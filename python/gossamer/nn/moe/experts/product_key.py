@@ -207,7 +207,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
             raise TypeError("weights must be None without expert ids to weigh")
         check_traceable(type(self).__name__)
         routing = self.route(x)
-        return self.compute(x.reshape(-1, self.hidden_size), routing).view(x.shape)
+        y = self.compute(x.reshape(-1, self.hidden_size), routing)
+        return y if x.dim() == 2 else y.view(x.shape)
 
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The output ``(T, H)`` of ``tokens (T, H)``; ids of N and more add nothing."""
