@@ -16,10 +16,16 @@ CASES = processes.cases_of(SCRIPT)
 pytestmark = processes.needs_gloo
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def results(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def each(tmp_path_factory):
+    """What every process found, by their number and by case."""
+    return processes.run_each(SCRIPT, (2, 4), tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(params=[2, 4])
+def results(request, each):
     """What every process found, by case."""
-    return processes.run(SCRIPT, request.param, tmp_path_factory.mktemp("experts"))
+    return each[request.param]
 
 
 @pytest.mark.parametrize("case", CASES)

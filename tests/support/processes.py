@@ -1,7 +1,7 @@
 """Runs tests in several processes: each runs a script of cases, and failures are returned by case.
 
 The script ends with ``processes.main(CASES)``; a test module has ``processes.cases_of(SCRIPT)`` and
-``processes.run(SCRIPT, world, folder)``.
+``processes.run(SCRIPT, world, folder)``, or ``processes.run_each(SCRIPT, worlds, folder)``.
 """
 
 import ast
@@ -33,29 +33,45 @@ def cases_of(script):
 
 def run(script, world, folder, timeout=300, killed=()):
     """The findings of every process by case: a failure, or an empty string; none from ranks that get ``killed``."""
-    place = {"WORLD_SIZE": str(world), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, script, folder]
+    return _run(script, {world: folder}, timeout, killed)[world]
+
+
+def run_each(script, worlds, folder, timeout=600):
+    """The findings of :func:`run` for several numbers of processes, which share the script's imports."""
+    folders = {world: folder / str(world) for world in worlds}
+    for place in folders.values():
+        place.mkdir()
+    return _run(script, folders, timeout)
+
+
+def _run(script, folders, timeout, killed=()):
+    place = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, script, *(f"{world}={folder}" for world, folder in folders.items())]
     parent = subprocess.Popen(
         command, env=os.environ | place, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        codes = parent.communicate(timeout=timeout)[0]
+        said = parent.communicate(timeout=timeout)[0]
     finally:
         # The parent and its children.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(parent.pid, signal.SIGKILL)
         parent.wait()
     assert parent.returncode == 0, "the script's imports failed"
-    said = "\n".join((folder / f"{rank}.txt").read_text()[-2000:] for rank in range(world))
-    expected = [-signal.SIGKILL if rank in killed else 0 for rank in range(world)]
-    assert json.loads(codes.splitlines()[-1]) == expected, said
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world) if rank not in killed]
+    codes, found = json.loads(said.splitlines()[-1]), {}
+    for world, folder in folders.items():
+        expected = [-signal.SIGKILL if rank in killed else 0 for rank in range(world)]
+        written = "\n".join((folder / f"{rank}.txt").read_text()[-2000:] for rank in range(world))
+        assert codes[str(world)] == expected, written
+        left = [rank for rank in range(world) if rank not in killed]
+        found[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in left]
+    return found
 
 
-def divide(script, folder):
+def divide(script, folders):
     """Import what a script imports, then fork one process per rank: importing torch in each would take seconds.
 
-    Each process runs the script. The parent prints their exit codes.
+    Each process runs the script, for one number of processes after another. The parent prints their exit codes.
     """
     for statement in ast.parse(script.read_text()).body:
         if isinstance(statement, ast.Import):
@@ -63,19 +79,22 @@ def divide(script, folder):
                 importlib.import_module(module.name)
         elif isinstance(statement, ast.ImportFrom):
             importlib.import_module(statement.module)
-    children = []
-    for rank in range(int(os.environ["WORLD_SIZE"])):
-        if child := os.fork():
-            children.append(child)
-            continue
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (folder / f"{rank}.txt").open("w") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-        sys.argv = [str(script), str(folder)]
-        runpy.run_path(str(script), run_name="__main__")
-        return
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+    codes = {}
+    for world, folder in folders.items():
+        children = []
+        for rank in range(world):
+            if child := os.fork():
+                children.append(child)
+                continue
+            os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (folder / f"{rank}.txt").open("w") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            sys.argv = [str(script), str(folder)]
+            runpy.run_path(str(script), run_name="__main__")
+            return
+        codes[world] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(codes))
 
 
 def main(cases, timeout=120):
@@ -112,4 +131,5 @@ def all_ranks_raise(kind, words, function, *args, **keywords):
 
 
 if __name__ == "__main__":
-    divide(Path(sys.argv[1]), Path(sys.argv[2]))
+    given = (argument.partition("=") for argument in sys.argv[2:])
+    divide(Path(sys.argv[1]), {int(world): Path(folder) for world, _, folder in given})
