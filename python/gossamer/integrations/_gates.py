@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import activations
 
-from gossamer._activation import Activation
+from gossamer._activation import Activation, as_activation
 from gossamer.integrations._activations import activation_name
 from gossamer.integrations.surgery import hooked
 
@@ -230,7 +230,7 @@ def _act_name(act_fn: object) -> str | None:
 def gated_activation(act_fn: object) -> Activation | None:
     """The fused activation equal to ``act_fn(gate)·up``, or None."""
     name = _GATED.get(_act_name(act_fn))
-    return None if name is None else Activation(name)
+    return None if name is None else as_activation(name)
 
 
 def _number(value: object) -> bool:
@@ -253,7 +253,7 @@ def fused_activation(experts: nn.Module) -> tuple[Activation | None, bool, str]:
         name = _act_name(experts.act_fn)
         if name is None:
             return None, False, "no fused kernel for its act_fn"
-        return Activation(name), False, ""
+        return as_activation(name), False, ""
     if "_apply_gate" in experts.__dict__:
         return None, False, "its _apply_gate was replaced on the instance"
     gate = gate_of(type(experts))
@@ -265,7 +265,7 @@ def fused_activation(experts: nn.Module) -> tuple[Activation | None, bool, str]:
             return None, False, "no fused kernel for its act_fn"
         return activation, gate.interleaved, ""
     if gate.kind != "clamped_swiglu":
-        return Activation(gate.kind), gate.interleaved, ""
+        return as_activation(gate.kind), gate.interleaved, ""
     alpha, limit = getattr(experts, gate.alpha), getattr(experts, gate.limit)
     if not (_number(alpha) and _number(limit) and limit > 0):
         return (
