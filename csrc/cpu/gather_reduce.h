@@ -50,6 +50,7 @@ struct GatherArgs {
   FloatMatrix out;                               // (B, D) of the table's dtype or what it is accumulated in
   bool* suspect;                                 // set if a bag's id is outside the table or a weight is NaN; or null
   const struct ComposeArgs* composed = nullptr;  // replaces all of these if an id has several rows
+  bool fetched = false;                          // whether the rows are in the second-level cache
 };
 
 struct GatherMaxArgs {
@@ -80,6 +81,26 @@ BagsError check_bags(const Bags& bags, int64_t num_rows, bool check_ids, bool ch
 void gather_reduce(const GatherArgs& args, int num_threads);
 void gather_max(const GatherMaxArgs& args, int num_threads);
 void gather_dot(const GatherDotArgs& args, int num_threads);
+
+// Whether the nearer caches hold most of the rows being read: all rows fit, or a sample of the ids has many repeats. id(i) for i
+// below `count` is an id.
+template <class Id>
+bool rows_are_near(int64_t count, int64_t table_bytes, const Id& id) {
+  constexpr int64_t kNearBytes = int64_t{1} << 20, kSamples = 128, kSlots = 512, kLeast = kSamples / 8;
+  if (table_bytes <= kNearBytes) return true;
+  if (count < 16 * kSamples) return false;
+  int64_t seen[kSlots];
+  std::fill(seen, seen + kSlots, int64_t{-1});
+  int64_t repeated = 0;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    // Sampled at positions that vary within bags of any length.
+    const int64_t found = id(i * (count / kSamples) + i % 13);
+    int64_t& slot = seen[static_cast<uint64_t>(found) * 0x9e3779b97f4a7c15u >> 55];
+    repeated += slot == found;
+    slot = found;
+  }
+  return repeated >= kLeast;
+}
 
 // Number of elements per thread from which starting it is worthwhile.
 constexpr int64_t kElementsPerThread = 16384;

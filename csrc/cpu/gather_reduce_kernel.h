@@ -278,58 +278,199 @@ class Lists {
 // Rows with more bytes than this are long.
 constexpr int64_t kLongRow = 2048;
 
+// Rows of at most so many bytes are prefetched into the first-level cache if most are in the nearer caches, or if all are in the
+// second-level one. Longer ones go no nearer than the second level, since fewer lines can be in flight into the first.
+constexpr int64_t kNearRow = 128, kFetchedRow = 256;
+// So few instructions are executed for each row of at most kCloseRow bytes that the processor reads enough rows ahead by itself, if
+// they come from a cache: from a table of kCloseBytes, or of four times as much if most of its rows that are read are near.
+constexpr int64_t kCloseRow = 16, kCloseBytes = int64_t{4} << 20;
+
 // A table, and bags of ids of its rows.
 template <class T>
 struct BagRange {
   BagTable<T> from;  // position of the first bag
   int64_t first_bag, last_bag;
-  bool near;  // whether most rows are in the nearer caches
+  bool near;   // whether most rows are in the nearer caches
+  bool close;  // whether rows need no prefetching
 };
 
-// Whether the nearer caches hold most of the rows being read: all rows fit, or a sample of the ids has many repeats.
-template <class Index>
-bool rows_are_near(const Index* ids, int64_t count, int64_t table_bytes) {
-  constexpr int64_t kNearBytes = int64_t{1} << 20, kSamples = 128, kSlots = 512, kLeast = kSamples / 8;
-  if (table_bytes <= kNearBytes) return true;
-  if (count < 16 * kSamples) return false;
-  Index seen[kSlots];
-  std::fill(seen, seen + kSlots, static_cast<Index>(-1));
-  int64_t repeated = 0;
-  for (int64_t i = 0; i < kSamples; ++i) {
-    // Sampled at positions that vary within bags of any length.
-    const Index id = ids[i * (count / kSamples) + i % 13];
-    Index& slot = seen[static_cast<uint64_t>(id) * 0x9e3779b97f4a7c15u >> 55];
-    repeated += slot == id;
-    slot = id;
-  }
-  return repeated >= kLeast;
-}
+// The sum of kVectors vectors of columns of rows. The last of them has `last` lanes, kMost or fewer; if kMost is 0, all.
+template <int kVectors, int kMost, class T>
+class VectorSums {
+  using S = Accumulator<T>;
+  static constexpr int n = kLanes<S>, kWhole = kMost == 0 ? kVectors : kVectors - 1;
+  // Two vectors of bfloat16 are widened together, the even columns by a shift and the odd ones by a mask, which takes fewer
+  // instructions than each half by itself.
+  static constexpr int kPaired = std::is_same_v<T, BFloat16> && GOSSAMER_VECTOR_BYTES == 64 ? kWhole / 2 * 2 : 0;
 
-// Sums kVectors vectors of columns of rows of bags. The last of them has `last` lanes, kMost or fewer; of eight, all.
-template <int kVectors, int kMost, bool kWeighted, class T, class Index, class O>
+ public:
+  static constexpr int kBytes = kVectors * n * static_cast<int>(sizeof(T));
+  static constexpr int64_t kStride = 0;  // rows may be wider
+
+  explicit VectorSums(int last) : last_(last) {}
+
+  template <bool kScaled>
+  __attribute__((always_inline)) void add(const T* row, S weight) {
+    for (int v = 0; v < kPaired; v += 2) {
+      const UInts both = load_bytes<UInts>(row + v * n);
+      add_to<kScaled>(sum_[v], (Vec<S>)(both << 16), weight);
+      add_to<kScaled>(sum_[v + 1], (Vec<S>)(both & 0xffff0000u), weight);
+    }
+    for (int v = kPaired; v < kWhole; ++v) add_to<kScaled>(sum_[v], load(row + v * n), weight);
+    if constexpr (kWhole < kVectors) add_to<kScaled>(sum_[kWhole], load_few<kMost>(row + kWhole * n, last_), weight);
+  }
+
+  __attribute__((always_inline)) void divide(S divisor) {
+    for (int v = 0; v < kVectors; ++v) sum_[v] /= divisor;
+  }
+
+  template <class O>
+  __attribute__((always_inline)) void write(O* out) const {
+    for (int v = 0; v < kPaired; v += 2) {
+      if constexpr (std::is_same_v<O, BFloat16>) {
+        const UInts both = bfloat16_bits(sum_[v]) | bfloat16_bits(sum_[v + 1]) << 16;
+        std::memcpy(static_cast<void*>(out + v * n), &both, sizeof both);
+      } else {
+        [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+          store(out + v * n, __builtin_shufflevector(sum_[v], sum_[v + 1], (I / 2 + I % 2 * n)...));
+          store(out + v * n + n, __builtin_shufflevector(sum_[v], sum_[v + 1], (n / 2 + I / 2 + I % 2 * n)...));
+        }(std::make_integer_sequence<int, n>{});
+      }
+    }
+    for (int v = kPaired; v < kWhole; ++v) store(out + v * n, sum_[v]);
+    if constexpr (kWhole < kVectors) store_first(out + kWhole * n, sum_[kWhole], last_);
+  }
+
+ private:
+  template <bool kScaled>
+  static __attribute__((always_inline)) void add_to(Vec<S>& sum, Vec<S> value, S weight) {
+    if constexpr (kScaled) {
+      sum = fma(value, splat(weight), sum);
+    } else {
+      sum += value;
+    }
+  }
+
+  Vec<S> sum_[kVectors] = {};
+  int last_;
+};
+
+#if GOSSAMER_F16C
+// Vectors of so many columns; GCC takes no vector size that depends on a template's argument.
+template <int kColumns>
+struct Narrow;
+template <>
+struct Narrow<4> {
+  typedef float Values __attribute__((vector_size(16)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef uint16_t Half __attribute__((vector_size(8)));
+};
+template <>
+struct Narrow<8> {
+  typedef float Values __attribute__((vector_size(32)));
+  typedef uint32_t Bits __attribute__((vector_size(32)));
+  typedef uint16_t Half __attribute__((vector_size(16)));
+};
+template <>
+struct Narrow<16> {
+  typedef float Values __attribute__((vector_size(64)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  typedef uint16_t Half __attribute__((vector_size(32)));
+};
+
+// The sum of contiguous rows of kColumns columns, at most a vector, in a register no wider than they are and loaded without a mask.
+template <int kColumns, class T>
+class NarrowSums {
+  using S = float;
+  using Values = typename Narrow<kColumns>::Values;
+  using Bits = typename Narrow<kColumns>::Bits;
+  using Half = typename Narrow<kColumns>::Half;
+
+ public:
+  static constexpr int kBytes = kColumns * static_cast<int>(sizeof(T));
+  static constexpr int64_t kStride = kColumns;
+
+  explicit NarrowSums(int) {}
+
+  template <bool kScaled>
+  __attribute__((always_inline)) void add(const T* row, S weight) {
+    const Values value = widen(row);
+    if constexpr (!kScaled) {
+      sum_ += value;
+    } else if constexpr (kColumns == 4) {
+      sum_ = (Values)_mm_fmadd_ps((__m128)value, _mm_set1_ps(weight), (__m128)sum_);
+    } else if constexpr (kColumns == 8) {
+      sum_ = (Values)_mm256_fmadd_ps((__m256)value, _mm256_set1_ps(weight), (__m256)sum_);
+    } else {
+      sum_ = fma(value, splat(weight), sum_);
+    }
+  }
+
+  __attribute__((always_inline)) void divide(S divisor) { sum_ /= divisor; }
+
+  template <class O>
+  __attribute__((always_inline)) void write(O* out) const {
+    if constexpr (kColumns == kLanes<S>) {
+      store(out, sum_);
+    } else if constexpr (std::is_same_v<O, float>) {
+      std::memcpy(out, &sum_, sizeof sum_);
+    } else {
+      Half halves;
+      if constexpr (std::is_same_v<O, BFloat16>) {
+        const Bits bits = (Bits)sum_, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        halves = __builtin_convertvector(sum_ == sum_ ? rounded : Bits{} + 0x7fc0u, Half);
+      } else if constexpr (kColumns == 4) {
+        const __m128i packed = _mm_cvtps_ph((__m128)sum_, _MM_FROUND_TO_NEAREST_INT);
+        std::memcpy(&halves, &packed, sizeof halves);
+      } else {
+        halves = (Half)_mm256_cvtps_ph((__m256)sum_, _MM_FROUND_TO_NEAREST_INT);
+      }
+      std::memcpy(static_cast<void*>(out), &halves, sizeof halves);
+    }
+  }
+
+ private:
+  static __attribute__((always_inline)) Values widen(const T* row) {
+    if constexpr (kColumns == kLanes<S>) {
+      return load(row);
+    } else if constexpr (std::is_same_v<T, float>) {
+      return load_bytes<Values>(row);
+    } else if constexpr (kColumns == 4) {
+      const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
+      if constexpr (std::is_same_v<T, Float16>) return (Values)_mm_cvtph_ps(bits);
+      return (Values)_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16);
+    } else {
+      const __m128i bits = load_bytes<__m128i>(row);
+      if constexpr (std::is_same_v<T, Float16>) return (Values)_mm256_cvtph_ps(bits);
+      return (Values)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+    }
+  }
+
+  Values sum_ = {};
+};
+#endif
+
+// Reduces bags of columns of rows, summed by Sums; the last vector of columns has `last` lanes.
+template <class Sums, bool kWeighted, class T, class Index, class O>
 __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Index, kWeighted>& lists, const BagRange<T>& range,
                                               int64_t column, int last, O* out) {
   using S = Accumulator<T>;
-  constexpr int kBytes = kVectors * kLanes<S> * static_cast<int>(sizeof(T));
-  constexpr bool kWhole = kVectors == 8;
+  constexpr int kBytes = Sums::kBytes;
   // With several passes over the columns, the first pass prefetches whole rows; for long rows every pass prefetches its own
   // columns.
   const int64_t row_bytes = range.from.dim * static_cast<int64_t>(sizeof(T));
-  const bool own = row_bytes <= kBytes || row_bytes > kLongRow;
+  const bool own = row_bytes <= kBytes || row_bytes > kLongRow, fetches = own ? !range.close : column == 0;
   const int64_t fetch_bytes = own ? kBytes : row_bytes;
-  const int64_t ahead = own           ? gather_ahead(kBytes)
-                        : column == 0 ? gather_ahead(row_bytes)
-                                      : std::numeric_limits<int64_t>::max() / 2;
+  const int64_t ahead = fetches ? gather_ahead(fetch_bytes) : std::numeric_limits<int64_t>::max() / 2;
   const T* table = range.from.rows + column;
-  const int64_t stride = range.from.stride;
+  const int64_t stride = Sums::kStride ? Sums::kStride : range.from.stride;
   const RowScales scales = range.from.scales;
   // For an id that does not contribute, the address may be outside the table, but it is not read.
   const auto place = [=](Index id) __attribute__((always_inline)) {
     const uint64_t element = static_cast<uint64_t>(int64_t{id}) * static_cast<uint64_t>(stride);
     return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(table) + element * sizeof(T));
   };
-  // Rows in the nearer caches are prefetched into the first level, for which fewer lines can be in flight.
-  const bool near = kBytes <= 256 && range.near;
+  const bool near = range.near && kBytes <= (a.fetched ? kFetchedRow : kNearRow);
   const auto fetch = [=](Index id) __attribute__((always_inline)) {
     if (near) {
       prefetch_lines<kBytes, Fetch::kRead>(place(id), kBytes);
@@ -350,21 +491,12 @@ __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Inde
     // registers.
     int64_t stop = std::min(end, begin + kChunk), live = 0;
     auto run = lists.run(begin, stop, ahead, fetch);
-    Vec<S> sum[kVectors] = {};
+    Sums sums(last);
     while (true) {
       const auto add = [&](int64_t i) __attribute__((always_inline)) {
-        const T* row = table + int64_t{run.ids[i]} * stride;
         [[maybe_unused]] S weight = scale_of<T>(scales, run.ids[i]);
         if constexpr (kWeighted) weight *= run.weights[i];
-        for (int v = 0; v < kVectors; ++v) {
-          const T* from = row + v * kLanes<S>;
-          const Vec<S> value = kWhole || v + 1 < kVectors ? load(from) : load_few<kMost>(from, last);
-          if constexpr (kWeighted || kIsCode<T>) {
-            sum[v] = fma(value, splat(weight), sum[v]);
-          } else {
-            sum[v] += value;
-          }
-        }
+        sums.template add<kWeighted || kIsCode<T>>(table + int64_t{run.ids[i]} * stride, weight);
       };
       const auto fetch_and_add = [&](int64_t i) __attribute__((always_inline)) {
         fetch(run.ids[i + ahead]);
@@ -373,7 +505,7 @@ __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Inde
       int64_t i = 0;
       if (run.in_place) {
         const int64_t fetched = std::min(run.count, lists.end() - ahead - begin);
-        if constexpr (kVectors == 1) {
+        if constexpr (kBytes <= 64) {
           for (; i + 4 <= fetched; i += 4) {
             fetch_and_add(i);
             fetch_and_add(i + 1);
@@ -383,6 +515,14 @@ __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Inde
         }
         for (; i < fetched; ++i) fetch_and_add(i);
       }
+      if constexpr (kBytes <= 32) {
+        for (; i + 4 <= run.count; i += 4) {
+          add(i);
+          add(i + 1);
+          add(i + 2);
+          add(i + 3);
+        }
+      }
       for (; i < run.count; ++i) add(i);
       live += run.count;
       begin = stop;
@@ -390,16 +530,8 @@ __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Inde
       stop = std::min(end, begin + kChunk);
       run = lists.run(begin, stop, ahead, fetch);
     }
-    if (range.from.mean) {
-      for (int v = 0; v < kVectors; ++v) sum[v] /= static_cast<S>(std::max<int64_t>(live, 1));
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      if (kWhole || v + 1 < kVectors) {
-        store(out + v * kLanes<S>, sum[v]);
-      } else {
-        store_first(out + v * kLanes<S>, sum[v], last);
-      }
-    }
+    if (range.from.mean) sums.divide(static_cast<S>(std::max<int64_t>(live, 1)));
+    sums.write(out);
   }
 }
 
@@ -407,7 +539,19 @@ template <bool kWeighted, class T, class Index, class O>
 void reduce_range(const GatherArgs& a, const BagRange<T>& range) {
   constexpr int n = kLanes<Accumulator<T>>;
   Lists<T, Index, kWeighted> lists(a.bags, range.from.num_rows, a.suspect);
+  O* out = static_cast<O*>(a.out.base);
   const int64_t dim = range.from.dim;
+#if GOSSAMER_F16C
+  if constexpr (!kIsCode<T> && !std::is_same_v<T, double>) {
+    if (range.from.stride == dim) {
+      if (dim == 4) return reduce_columns<NarrowSums<4, T>>(a, lists, range, 0, 4, out);
+      if (dim == 8) return reduce_columns<NarrowSums<8, T>>(a, lists, range, 0, 8, out);
+      if constexpr (n == 16) {
+        if (dim == 16) return reduce_columns<NarrowSums<16, T>>(a, lists, range, 0, 16, out);
+      }
+    }
+  }
+#endif
   // Rows of more columns than one pass sums are reduced bag by bag, so that a later pass finds the ids in the caches.
   const int64_t step = dim <= 4 * n || dim == 8 * n ? range.last_bag - range.first_bag : 1;
   BagRange<T> part = range;
@@ -419,18 +563,23 @@ void reduce_range(const GatherArgs& a, const BagRange<T>& range) {
     const auto pass = [&](auto vectors, auto most) __attribute__((always_inline)) {
       constexpr int kVectors = decltype(vectors)::value, kMost = decltype(most)::value;
       const int last = static_cast<int>(std::min<int64_t>(n, dim - column - (kVectors - 1) * n));
-      reduce_columns<kVectors, kMost>(a, lists, part, column, last, static_cast<O*>(a.out.base));
+      reduce_columns<VectorSums<kVectors, kMost, T>>(a, lists, part, column, last, out);
       column += kVectors * n;
     };
     // Where load_few() has loads of its own.
     constexpr bool narrow = GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64 && sizeof(T) > 1;
+    constexpr std::integral_constant<int, 0> whole;
     constexpr std::integral_constant<int, n> all;
     constexpr std::integral_constant<int, narrow ? n / 2 : n> half;
     constexpr std::integral_constant<int, narrow && sizeof(T) == 4 ? n / 4 : half> quarter;
-    while (column + 8 * n <= dim) pass(std::integral_constant<int, 8>{}, all);
-    while (column + 3 * n < dim) pass(std::integral_constant<int, 4>{}, all);
-    if (column + 2 * n < dim) {
+    while (column + 8 * n <= dim) pass(std::integral_constant<int, 8>{}, whole);
+    while (column + 4 * n <= dim) pass(std::integral_constant<int, 4>{}, whole);
+    if (column + 3 * n < dim) {
+      pass(std::integral_constant<int, 4>{}, all);
+    } else if (column + 2 * n < dim) {
       pass(std::integral_constant<int, 3>{}, all);
+    } else if (column + 2 * n == dim) {
+      pass(std::integral_constant<int, 2>{}, whole);
     } else if (column + n < dim) {
       pass(std::integral_constant<int, 2>{}, all);
     } else if (column + half < dim) {
@@ -451,8 +600,12 @@ void reduce_bags(const GatherArgs& a, int64_t first_bag, int64_t last_bag) {
     BagTable<T> from = bag_table<T>(a.table, a.num_rows, a.dim, a.bags, first_bag);
     if constexpr (kIsCode<T>) from.scales = a.scales;
     const int64_t begin = a.bags.begin(first_bag), bytes = from.num_rows * from.dim * static_cast<int64_t>(sizeof(T));
-    const bool near = rows_are_near(static_cast<const Index*>(a.bags.index.base) + begin, a.bags.end(stop - 1) - begin, bytes);
-    reduce_range<kWeighted, T, Index, O>(a, {from, first_bag, stop, near});
+    const Index* ids = static_cast<const Index*>(a.bags.index.base) + begin;
+    const bool near = a.fetched || rows_are_near(a.bags.end(stop - 1) - begin, bytes, [=](int64_t i) { return ids[i]; });
+    const int64_t row_bytes = from.dim * static_cast<int64_t>(sizeof(T));
+    const bool close =
+        (a.fetched && row_bytes > kFetchedRow) || (row_bytes <= kCloseRow && bytes <= (near ? 4 : 1) * kCloseBytes);
+    reduce_range<kWeighted, T, Index, O>(a, {from, first_bag, stop, near, close});
     first_bag = stop;
   }
 }

@@ -514,6 +514,25 @@ def test_every_width(dtype, hot):
         assert_close(found, truth, gather_reduce_reference(table, Bags(index)), f"D={dim}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [4, 8, 16, 32, 64, 96, 128])
+def test_sums_follow_the_order_of_a_bag(dtype, dim):
+    """Rows of whole vectors or a narrow one, packed or in a wider table, give the bits of additions one by one."""
+    generator = torch.Generator().manual_seed(dim)
+    wide = torch.randn(500, dim + 8, generator=generator).to(dtype)
+    index, weights = torch.randint(500, (40, 7), generator=generator), torch.randn(40, 7, generator=generator)
+    sums = torch.zeros(40, dim)
+    for column in index.T:
+        sums += wide[column, :dim].float()
+    for table in (wide[:, :dim], wide[:, :dim].contiguous()):
+        assert torch.equal(gossamer.gather_reduce(table, index), sums.to(dtype))
+        assert torch.equal(gossamer.gather_reduce(table, index, out_dtype=torch.float32), sums)
+        assert torch.equal(gossamer.gather_reduce(table, index, mode="mean"), (sums / 7).to(dtype))
+        bags = Bags(index, weights=weights)
+        truth = gather_reduce_reference(table.double(), bags._replace(weights=weights.double()))
+        assert_close(gossamer.gather_reduce(table, index, weights=weights), truth, gather_reduce_reference(table, bags))
+
+
 @pytest.mark.parametrize("place", [3, 63, 64, 700, 1499])
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
 def test_wrong_ids_and_weights_are_found_anywhere(place, weights_dtype):

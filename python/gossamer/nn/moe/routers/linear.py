@@ -110,7 +110,7 @@ class LinearRouter(Router):
         with no_autocast(x.device):
             if x.dtype == self.weight.dtype == wide:
                 return F.linear(x, self.weight, self.bias)
-            # apply() inspects the signature of forward() in each call, which takes longer than the product of one token.
+            # apply() inspects the signature of forward() in each call, which takes longer than one token's product.
             product = _WideLinear.apply if torch.is_grad_enabled() else _WideLinear.forward
             logits = product(x, self.weight, wide)
             return logits if self.bias is None else logits + self.bias.to(wide)
