@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bindings/arguments.h"
+#include "bindings/bags.h"
 #include "bindings/register.h"
 
 namespace gossamer::bindings {
@@ -67,6 +68,23 @@ void register_hash_table(py::module_& m) {
         hash_table_find(table, array, count, pointer<int64_t>(slots), num_threads);
       },
       "The slot of each key, -1 where it is absent.");
+  m.def(
+      "hash_table_reduce",
+      [](const Table& table, const PyVector& keys, const PyMatrix& values, int64_t num_rows, int64_t dim, const Bags& bags,
+         uintptr_t slots, const PyMatrix& out, int num_threads) {
+        raise_bad_bags(bags, num_rows, false, false, num_threads);
+        const GatherArgs args{.table = matrix(values),
+                              .num_rows = num_rows,
+                              .dim = dim,
+                              .scales = {},
+                              .bags = bags,
+                              .out = matrix(out),
+                              .suspect = nullptr};
+        const IndexArray array = index_array(keys);
+        py::gil_scoped_release release;
+        hash_table_reduce(table, array, pointer<int64_t>(slots), args, num_threads);
+      },
+      "out[b] = sum or mean over the present keys of bag b of weight · values[slot]; slots, the bags' index, are written.");
   m.def(
       "hash_table_insert",
       [](const Table& table, const HashBatchArgs& batch, const hash_table::Results& results, int num_threads) {

@@ -29,6 +29,9 @@ class HashSearch {
  private:
   static constexpr int64_t kBlock = 16, kLag = 2, kRing = 8;
 
+  typedef uint64_t Words __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
+  static constexpr int64_t kWords = GOSSAMER_VECTOR_BYTES / sizeof(uint64_t);
+
   struct Block {
     int64_t key[kBlock];
     // The first slots of both buckets, and the digest in each byte of a word.
@@ -37,40 +40,68 @@ class HashSearch {
   };
 
   static void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+  void fetch_row(const char* row) const {
+    for (int64_t at = 0; at < a_.row_bytes; at += 64) fetch(row + at);
+  }
 
   void hash(Block& b, int64_t from, int64_t size) const {
     for (int64_t i = 0; i < size; ++i) b.key[i] = a_.keys[from + i];
     for (int64_t i = size; i < kBlock; ++i) b.key[i] = b.key[0];
     const hash_table::Table t = t_;
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const hash_table::Place place = hash_table::place_of(t, b.key[i]);
-      b.first[i] = hash_table::first_bucket(t, place) * hash_table::kSlots;
-      b.second[i] = hash_table::second_bucket(t, place) * hash_table::kSlots;
-      b.digest[i] = place.digest;
-    }
+    for (int64_t i = 0; i < kBlock; i += kWords) place(t, b, i);
     for (int64_t i = 0; i < kBlock; ++i) {
       fetch(t.digests + b.first[i]);
       fetch(t.digests + b.second[i]);
     }
   }
 
+  // place_of() of kWords keys. By hand, since compilers choose shorter vectors.
+  static void place(const hash_table::Table& t, Block& b, int64_t at) {
+    const auto size = static_cast<uint64_t>(t.partition_buckets), partitions = static_cast<uint64_t>(t.num_partitions);
+    const auto several = static_cast<uint64_t>(size > 1);
+    Words h = load_bytes<Words>(b.key + at);
+    h = (h ^ (h >> 33)) * 0xff51afd7ed558ccdull;
+    h = (h ^ (h >> 33)) * 0xc4ceb9fe1a85ec53ull;
+    h ^= h >> 33;
+    const Words spread = (h >> 32) * partitions, low = h & 0xffffffffull, first = (spread & 0xffffffffull) * size >> 32;
+    Words second = low * (size - 1) >> 32;
+    // One more unless second < first, where the difference borrows.
+    second += ((second - first) >> 63 ^ 1ull) & several;
+    const Words base = (spread >> 32) * size;
+    const auto put = [at](int64_t* to, Words values) { std::memcpy(to + at, &values, sizeof values); };
+    put(b.first, (base + first) * hash_table::kSlots);
+    put(b.second, (base + second) * hash_table::kSlots);
+    put(b.digest, 1 + ((low & 0xffffull) * 255ull >> 16));
+  }
+
+  // Bit i is set where digest i of the first bucket, or digest i - kSlots of the second, is that of key `at`.
+  uint32_t match(const Block& b, int64_t at) const {
+    const uint8_t *first = t_.digests + b.first[at], *second = t_.digests + b.second[at];
+    const auto digest = static_cast<uint8_t>(b.digest[at]);
+#if GOSSAMER_F16C
+    const __m256i both =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(load_bytes<__m128i>(first)), load_bytes<__m128i>(second), 1);
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(both, _mm256_set1_epi8(static_cast<char>(digest)))));
+#else
+    return hash_table::match(first, digest) | hash_table::match(second, digest) << hash_table::kSlots;
+#endif
+  }
+
   void look(Block& b) const {
     for (int64_t i = 0; i < kBlock; ++i) {
-      const auto digest = static_cast<uint8_t>(b.digest[i]);
-      const uint32_t here = hash_table::match(t_.digests + b.first[i], digest),
-                     there = hash_table::match(t_.digests + b.second[i], digest);
-      const int64_t bucket = here ? b.first[i] : b.second[i];
-      const uint32_t mask = here ? here : there;
+      const uint32_t mask = match(b, i);
       if (__builtin_expect(mask == 0, 0)) {
         b.slot[i] = hash_table::kAbsent;
         fetch(&t_.buckets[b.second[i] / hash_table::kSlots]);
         continue;
       }
-      const int64_t slot = bucket + hash_table::lowest_bit(mask);
+      const int bit = hash_table::lowest_bit(mask);
+      const int64_t slot = bit + (bit < hash_table::kSlots ? b.first[i] : b.second[i] - hash_table::kSlots);
       b.slot[i] = slot;
       fetch(t_.keys + slot);
       if (t_.scores && a_.scores) fetch(t_.scores + slot);
       if (a_.beside) fetch(a_.beside + slot);
+      if (a_.rows) fetch_row(a_.rows + slot * a_.row_bytes);
     }
   }
 

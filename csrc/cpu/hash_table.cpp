@@ -25,6 +25,9 @@ constexpr int64_t kAhead = 24;
 // Keys that are searched for before what belongs to their slots is written, while it is in the caches.
 constexpr int64_t kServedAtOnce = 512;
 
+// While keys are searched for, rows of at most kFetchedRow bytes are fetched, as many as fit into a part of the second-level cache.
+constexpr int64_t kFetchedRow = 1024, kFetchedBytes = 128 << 10;
+
 // Into the second-level cache, where a core waits for several times as many lines as it can for the first level.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void prefetch_bytes(const char* p, int64_t bytes) {
@@ -269,6 +272,38 @@ void hash_table_find(const Table& table, IndexArray keys, int64_t count, int64_t
   const HashFindArgs args{table, keys, slots, false, nullptr};
   parallel_ranges(count, kKeysPerThread, num_threads,
                   [&](int64_t begin, int64_t end) { kernels().tables.hash_find(args, begin, end); });
+}
+
+void hash_table_reduce(const Table& table, IndexArray keys, int64_t* slots, const GatherArgs& args, int num_threads) {
+  const TableKernels& tables = kernels().tables;
+  const int64_t row_bytes = args.dim * static_cast<int64_t>(element_size(args.table.dtype));
+  over_bags(args.bags, args.dim, num_threads, [&](int64_t first, int64_t last) {
+    if (first == last) return;
+    const int64_t start = args.bags.begin(first), count = args.bags.end(last - 1) - start;
+    HashFindArgs find{table, keys, slots, false, nullptr};
+    GatherArgs block = args;
+    // Slots of later bags are not yet known, and must not be read.
+    block.bags.num_positions = start + count;
+    if (row_bytes > kFetchedRow ||
+        rows_are_near(count, args.num_rows * row_bytes, [&](int64_t i) { return keys[start + i]; })) {
+      tables.hash_find(find, start, start + count);
+      tables.gather_reduce(block, first, last);
+      return;
+    }
+    // The search for the keys of a block of bags fetches their rows into the second-level cache, while it computes.
+    const int64_t most = std::clamp<int64_t>(kFetchedBytes / std::max<int64_t>(row_bytes, 1), 64, kServedAtOnce);
+    find.rows = static_cast<const char*>(args.table.base);
+    find.row_bytes = row_bytes;
+    block.fetched = true;
+    while (first < last) {
+      int64_t stop = first + 1;
+      while (stop < last && args.bags.end(stop) - args.bags.begin(first) <= most) ++stop;
+      block.bags.num_positions = args.bags.end(stop - 1);
+      tables.hash_find(find, args.bags.begin(first), block.bags.num_positions);
+      tables.gather_reduce(block, first, stop);
+      first = stop;
+    }
+  });
 }
 
 HashInsertCounts hash_table_insert(const HashInsertArgs& a, int num_threads) {

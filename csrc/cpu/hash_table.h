@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/dtype.h"
+#include "cpu/gather_reduce.h"
 #include "hash_table_core.h"
 
 namespace gossamer {
@@ -11,13 +12,20 @@ namespace gossamer {
 struct HashFindArgs {
   hash_table::Table table;
   IndexArray keys;
-  int64_t* slots;         // of each key, or -1
-  bool scores;            // whether the caller reads or writes the scores of what is found
-  const int64_t* beside;  // (slots,) or null: another array that it does so with
+  int64_t* slots;              // of each key, or -1
+  bool scores;                 // whether the caller reads or writes the scores of what is found
+  const int64_t* beside;       // (slots,) or null: another array that it does so with
+  const char* rows = nullptr;  // or null: (slots,) rows of row_bytes that the caller reads next
+  int64_t row_bytes = 0;
 };
 
 // slots[i] of key i, or -1.
 void hash_table_find(const hash_table::Table& table, IndexArray keys, int64_t count, int64_t* slots, int num_threads);
+
+// gather_reduce() of the rows that belong to keys, one for each position of its bags; absent keys contribute nothing. The bags' index
+// is `slots`, which is written.
+void hash_table_reduce(const hash_table::Table& table, IndexArray keys, int64_t* slots, const GatherArgs& args,
+                       int num_threads);
 
 struct HashBatchArgs {
   hash_table::Batch batch;

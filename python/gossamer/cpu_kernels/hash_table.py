@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from gossamer import _C
-from gossamer.cpu_kernels._native import DTYPES, empty_huge, pointer, vector
+from gossamer.cpu_kernels._native import DTYPES, empty_huge, matrix, pointer, vector
+from gossamer.cpu_kernels.gather_reduce import native_bags
 
 if TYPE_CHECKING:
+    from gossamer.ops._bags import Bags
     from gossamer.ops._hash_table_storage import Batch, Served, Storage
 
 
@@ -53,6 +55,19 @@ def find(storage: Storage, keys: torch.Tensor) -> torch.Tensor:
     slots = empty_huge((keys.shape[0],), torch.int64)
     _C.hash_table_find(view_of(storage), vector(keys), keys.shape[0], slots.data_ptr(), torch.get_num_threads())
     return slots
+
+
+def reduce(storage: Storage, bags: Bags) -> torch.Tensor:
+    """Sums or means ``(B, D)`` of the values of the keys that bags list instead of rows; absent keys add nothing."""
+    keys, values = bags.index.reshape(-1), storage.values
+    slots = empty_huge(tuple(bags.index.shape), torch.int64)
+    lists, _alive = native_bags(bags._replace(index=slots, drop=True))
+    out = empty_huge(bags.result_shape(values), values.dtype)
+    table = (matrix(values), *values.shape)
+    _C.hash_table_reduce(
+        view_of(storage), vector(keys), *table, lists, slots.data_ptr(), matrix(out), torch.get_num_threads()
+    )
+    return out
 
 
 def insert(storage: Storage, batch: Batch) -> Served:

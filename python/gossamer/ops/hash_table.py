@@ -14,6 +14,7 @@ import torch
 from gossamer import _backend
 from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES, MAX_SIZE, check_shape, check_strided, check_tensor
 from gossamer.ops import _hash_table_reference as reference
+from gossamer.ops._bags import Bags
 from gossamer.ops._hash_table_storage import BUCKET_SLOTS, INSERTED, POLICIES, Batch, Inserted, Storage
 from gossamer.ops.gather_reduce import gather_reduce
 
@@ -226,6 +227,23 @@ class HashTable:
         with self.lock:
             return self._kernels().find(self._storage, self._check_keys(keys))
 
+    def _reduce(
+        self, keys: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None, mode: str
+    ) -> torch.Tensor:
+        """:func:`gossamer.gather_reduce` of the rows of ``keys``, shaped like its index and checked as such.
+
+        Absent keys contribute nothing. Differentiable in ``weights``.
+        """
+        learns = weights is not None and weights.requires_grad and torch.is_grad_enabled()
+        native = _backend.resolve("hash_table", self._storage.digests) == "native"
+        with self.lock:
+            if mode == "max" or learns or not native:
+                rows = self.rows(keys.reshape(-1)).view(keys.shape)
+                return gather_reduce(self.values, rows, offsets, weights, mode=mode, bounds="drop")
+            self._check_keys(keys.reshape(-1))
+            weights = None if weights is None else weights.detach()
+            return self._kernels().reduce(self._storage, Bags(keys, offsets, weights, mode=mode))
+
     def insert_rows(
         self,
         keys: torch.Tensor,
@@ -275,7 +293,11 @@ class HashTable:
             value: the value.
         """
         self._check_marks("array", array, (torch.int64, torch.bool))
-        self._kernels().mark_slots(array, self._check_rows(rows, -1), value)
+        self._mark_rows(array, self._check_rows(rows, -1), value)
+
+    def _mark_rows(self, array: torch.Tensor, rows: torch.Tensor, value: int) -> None:
+        """:meth:`mark_rows` of contiguous rows that this table has just given."""
+        self._kernels().mark_slots(array, rows, value)
 
     def contains(self, keys: torch.Tensor) -> torch.Tensor:
         """``(n,)`` bool: which keys are in the table."""

@@ -115,6 +115,38 @@ def test_ids_without_offsets_are_bags_of_their_own(device, pooling):
     assert_same(first, second)
 
 
+@pytest.mark.parametrize("pooling", ["sum", "mean", "max"])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(4, torch.float32), (64, torch.float32), (128, torch.float16), (300, torch.float32)]
+)
+@pytest.mark.parametrize("hot", [False, True])
+def test_evaluation_reduces_the_rows_of_ids(device, pooling, dim, dtype, hot):
+    """Few and many ids, rows fetched while ids are found or not, absent ids, long bags: the bits of two steps."""
+    generator = torch.Generator().manual_seed(dim)
+    layer = DynamicEmbedding(dim, 9000, pooling=pooling, dtype=dtype, key_dtype=torch.int32, device=device).eval()
+    keys = torch.randperm(100_000, generator=generator)[:8000].int().to(device)
+    layer.table.insert_or_assign(keys, torch.randn(8000, dim, generator=generator).to(device, dtype))
+    ids = torch.cat([keys, keys.new_full((800,), -5)])[torch.randint(20 if hot else 8800, (3000,), generator=generator)]
+    ragged = torch.tensor([0, 3, 3, 903, 910, *range(920, 2990, 10), 2990], device=device)
+    weights = torch.rand(3000, generator=generator).to(device)
+    rows = layer.table.rows(ids)
+    for shape, offsets, used in (((600, 5), None, weights), ((3000,), ragged, weights), ((3000,), ragged, None)):
+        given = None if used is None or pooling == "max" else used.view(shape)
+        lists = (offsets, given)
+        want = gossamer.gather_reduce(layer.table.values, rows.view(shape), *lists, mode=pooling, bounds="drop")
+        assert torch.equal(layer(ids.view(shape), *lists), want)
+
+
+def test_evaluation_has_a_gradient_for_weights(device):
+    layer = DynamicEmbedding(4, 100, device=device).eval()
+    ids = torch.arange(12, device=device).view(3, 4)
+    layer.table.insert_or_assign(ids.flatten()[:9], torch.arange(36.0, device=device).view(9, 4))
+    weights = torch.rand(3, 4, device=device, requires_grad=True)
+    (found,) = torch.autograd.grad(layer(ids, None, weights).sum(), weights)
+    values, present = layer.table.find(ids.flatten())
+    assert torch.equal(found.flatten(), (values.sum(1) * present))
+
+
 def test_values_depend_on_the_id_alone(device):
     """Order, batches and company do not matter; the seed does; values fill (−a, a)."""
     ids = torch.arange(4000, device=device) * 1_000_003

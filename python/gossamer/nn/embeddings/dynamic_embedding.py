@@ -256,19 +256,14 @@ class DynamicEmbedding(Table):
         if offsets is None and ids.dim() == 1:
             ids, weights = ids.unsqueeze(1), None if weights is None else weights.unsqueeze(1)
         check_lookup(self.table.values, ids, offsets, weights, self.pooling or "sum", "ids")
-        training = self.training and not self.frozen and torch.is_grad_enabled()
-        if training:
-            check_alone(self)
+        if not self.training or self.frozen or not torch.is_grad_enabled():
+            return self.table._reduce(ids, offsets, weights, self.pooling or "sum")
+        check_alone(self)
         with self.table.lock:
             with torch.no_grad():
-                keys = ids.reshape(-1)
-                rows = (self.train_rows(keys) if training else self.table.rows(keys)).view(ids.shape)
-            if training:
-                handle = self._handle if self.optimizer is not None else self._handle.detach()
-                out = Lookup.apply(handle, weights, self, ids, rows, offsets)
-            else:
-                out = self._reduce(rows, offsets, weights)
-        return out
+                rows = self.train_rows(ids.reshape(-1)).view(ids.shape)
+            handle = self._handle if self.optimizer is not None else self._handle.detach()
+            return Lookup.apply(handle, weights, self, ids, rows, offsets)
 
     def _apply(self, fn, recurse=True):
         """Casts apply to the table, which stays on its device; the optimizer's state stays in float32."""
@@ -312,7 +307,8 @@ class DynamicEmbedding(Table):
         return rows
 
     def _insert(self, keys: torch.Tensor) -> Inserted:
-        return self.table.insert_rows(keys, marks=self._last_used, mark=self.clock)
+        # While the clock stands at 0, so do all ages.
+        return self.table.insert_rows(keys, marks=self._last_used if self.clock else None, mark=self.clock)
 
     def _admit(self, keys: torch.Tensor) -> tuple[torch.Tensor, Inserted, torch.Tensor]:
         """The admitted keys, the result of inserting them, and the rows of all keys, −1 for keys without a row."""

@@ -34,7 +34,7 @@ def learn(layer, rows, dout, offsets, weights, argmax, mode: str) -> None:
     """Take the optimizer's step on the rows that bags list; −1 means no row."""
     optimizer = (layer.optimizer, layer.optimizer_state)
     step_bags_(layer.table.values, rows, dout, offsets, weights, argmax, *optimizer, mode, bounds="drop")
-    layer.table.mark_rows(layer._changed, rows.reshape(-1), True)
+    layer.table._mark_rows(layer._changed, rows.reshape(-1).contiguous(), True)
 
 
 class Lookup(torch.autograd.Function):
