@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gossamer.parallel.experts import fit_slots, plan_rows
+from gossamer.parallel.token_exchange import fit_slots, plan_rows
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 SCRIPT, LOST = SUPPORT / "expert_parallel_cases.py", SUPPORT / "lost_rank_cases.py"

@@ -21,7 +21,8 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 
 from gossamer.integrations._calls import Slot, scope
 from gossamer.ops.gather_reduce import gather_reduce
-from gossamer.parallel.experts import Level, exchange_tokens, share
+from gossamer.parallel.gradients import share
+from gossamer.parallel.token_exchange import Level, exchange_tokens
 
 NAME = "gossamer"
 

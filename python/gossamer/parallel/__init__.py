@@ -9,20 +9,20 @@ from gossamer.parallel.exchange import Flow, Pending, RowExchange, Traffic, coun
 from gossamer.parallel.experts import (
     ShardedExperts,
     check_overflow,
-    clip_grad_norm_,
     gather_experts,
     overflow_counts,
     shard_experts,
 )
+from gossamer.parallel.gradients import clip_grad_norm_
 from gossamer.parallel.placement import Lookups, TablePlan, measure_lookups, plan_tables
-from gossamer.parallel.tables import (
+from gossamer.parallel.table_layers import (
     ShardedDynamicEmbedding,
     ShardedEmbedding,
     ShardedEmbeddingBag,
     ShardedTableBatchedEmbeddingBags,
     lookup,
-    shard_tables,
 )
+from gossamer.parallel.tables import shard_tables
 
 __all__ = [
     "Flow",

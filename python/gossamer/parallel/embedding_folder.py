@@ -18,7 +18,7 @@ from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.embedding_folder import CHECKPOINT, DELTA, Contents, digest
 from gossamer.ops.hash_table import HashTableFull
 from gossamer.parallel.exchange import raise_together
-from gossamer.parallel.tables import ShardedDynamicEmbedding
+from gossamer.parallel.table_layers import ShardedDynamicEmbedding
 
 _MANIFEST, _FORMAT = "shards.json", 1
 
