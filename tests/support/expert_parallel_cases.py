@@ -395,7 +395,7 @@ def fully_sharded_along_another_dimension():
     fully_shard(model, mesh=square["data", "expert"]._flatten("all"))
     with warnings.catch_warnings():
         # Changes in place of an output that is a view bypass FSDP2.
-        warnings.filterwarnings("error", message=r"FSDP2-wrapped module \(FSDPExperts\) returned a view tensor")
+        warnings.filterwarnings("error", message=".*returned a view tensor")
         for _ in range(2):
             whole.zero_grad()
             model.zero_grad()

@@ -286,7 +286,8 @@ def as_logits(logits: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape (..., E) with E >= 1, got {tuple(logits.shape)}")
-    return logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def token_entropy(probabilities: torch.Tensor) -> torch.Tensor:
