@@ -99,6 +99,20 @@ def test_lowest_number_is_no_mask(any_backend, device):
     assert values.tolist() == [[-most, -INF]] and ids[0, 0] == 2 and high.item() == most
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_default_dtype_has_no_effect(any_backend, device, default):
+    scores1, scores2 = randn(3, 20, seed=1, device=device), randn(3, 30, seed=2, device=device)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        with gossamer.backend(any_backend):
+            values, ids = gossamer.product_key_topk(scores1, scores2, 5)
+    finally:
+        torch.set_default_dtype(before)
+    assert values.dtype == torch.float32
+    assert_is_brute_force(values, ids, scores1, scores2)
+
+
 @pytest.mark.parametrize("bad", [math.nan, INF])
 def test_not_a_score(any_backend, device, bad):
     scores1, scores2 = randn(3, 6, seed=3, device=device), randn(3, 7, seed=4, device=device)

@@ -17,7 +17,7 @@ def product_key_topk(args: ProductKeyTopk) -> tuple[torch.Tensor, torch.Tensor] 
     """``values (R, K)`` float32 and ``ids (R, K)`` int64 from float32 scores; None if a score is NaN or +∞."""
     scores1, scores2 = unit_rows(args.scores1), unit_rows(args.scores2)
     rows = scores1.shape[0]
-    values, ids = torch.empty(rows, args.top_k), torch.empty(rows, args.top_k, dtype=torch.int64)
+    values, ids = (torch.empty(rows, args.top_k, dtype=dtype) for dtype in (torch.float32, torch.int64))
     sound = _C.product_key_topk(
         scores1=scores1.data_ptr(),
         row_stride1=scores1.stride(0),
