@@ -1,13 +1,14 @@
-"""Build script: the pybind11 extension ``gossamer._C`` from ``csrc/``, optional everywhere.
+"""Build script: the pybind11 extension ``gossamer._C`` from ``csrc/``.
 
-The extension knows nothing of torch, so one build serves every torch version. With no C++ compiler the package installs
-without it. CUDA sources join in when ``nvcc`` is found; ``GOSSAMER_CUDA=0|1`` forbids or requires them and
-``GOSSAMER_CUDA_ARCHS`` (such as ``80;90a``) names the architectures. Those in ``csrc/cuda/hopper/`` use instructions of
-sm_90a and are compiled for it alone; where it is not among them, stubs stand in. No GPU is queried.
+The extension knows nothing of torch, so one build serves every torch version. Without a C++20 compiler the package
+installs without it; with one, sources that do not compile fail the build. CUDA sources are compiled if ``nvcc`` is
+found; ``GOSSAMER_CUDA=0|1`` forbids or requires them, and ``GOSSAMER_CUDA_ARCHS`` (such as ``80;90a``) names the
+architectures. Sources in ``csrc/cuda/hopper/`` use instructions of sm_90a and are compiled for it only; stubs replace
+them if it is not among the architectures. No GPU is queried.
 
 The CPU's kernels, ``csrc/cpu/kernels/*.cpp``, are compiled once for each instruction set and chosen at run time. An
 install compiles the generic kernels and those for this machine's best instruction set; an editable install, which the
-tests use, compiles all. ``GOSSAMER_ISAS`` decides otherwise: ``all`` (for wheels), ``native``, or names such as
+tests use, compiles all. ``GOSSAMER_ISAS`` overrides this: ``all`` (for wheels), ``native``, or names such as
 ``avx2;avx512``; the generic kernels are always compiled.
 """
 
@@ -32,7 +33,7 @@ DEFAULT_CUDA_ARCHS = ("80", "90a", "100a")
 HOPPER_ARCH = "90a"
 HOPPER_GENCODE = f"-gencode=arch=compute_{HOPPER_ARCH},code=sm_{HOPPER_ARCH}"
 HOPPER_SOURCES = "csrc/cuda/hopper/*.cu"
-# What else decides how the sources are compiled.
+# Environment variables that affect how the sources are compiled.
 ENVIRONMENT = ("CXX", "CXXFLAGS", "CPPFLAGS", "GOSSAMER_CUDA_ARCHS")
 # Instruction sets of x86-64, described by csrc/cpu/isa_NAME.h, the best one last, and their flags in /proc/cpuinfo.
 ISAS = {
@@ -50,7 +51,7 @@ KERNEL_SOURCE = """#define GOSSAMER_TARGET "cpu/isa_{isa}.h"
 
 
 def find_nvcc():
-    """Path of nvcc, or None: CUDA_HOME, CUDA_PATH, the search path, then the usual folder."""
+    """The path of nvcc in CUDA_HOME, in CUDA_PATH, on the search path or in the usual folder; None if there is none."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (path := Path(home, "bin", "nvcc")).is_file():
             return str(path)
@@ -58,7 +59,7 @@ def find_nvcc():
 
 
 def cuda_requested():
-    """Decide from GOSSAMER_CUDA and nvcc's presence whether CUDA sources are built: the path of nvcc, or None."""
+    """The path of nvcc if CUDA sources are to be compiled, by GOSSAMER_CUDA and whether nvcc exists; else None."""
     wish = os.environ.get("GOSSAMER_CUDA", "auto")
     if wish not in ("0", "1", "auto"):
         raise SystemExit(f"GOSSAMER_CUDA must be 0, 1 or auto, got {wish!r}")
@@ -71,14 +72,14 @@ def cuda_requested():
 
 
 def cuda_gencodes(nvcc):
-    """``-gencode`` flags for the wanted architectures that this nvcc knows, and PTX of the newest plain one."""
+    """``-gencode`` flags for the wanted architectures that this nvcc supports, and for PTX of the newest one."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", listed))
     wanted = os.environ.get("GOSSAMER_CUDA_ARCHS")
     archs = [a for a in re.split(r"[;, ]+", wanted) if a] if wanted else list(DEFAULT_CUDA_ARCHS)
     bad = [a for a in archs if not re.fullmatch(r"\d+[af]?", a)]
     if bad:
-        raise SystemExit(f"GOSSAMER_CUDA_ARCHS: {bad} are no architectures; write them as in '80;90a;100a'")
+        raise SystemExit(f"GOSSAMER_CUDA_ARCHS must list architectures as in '80;90a;100a', got {bad}")
     usable = [a for a in archs if a.rstrip("af") in known]
     if not usable:
         raise SystemExit(f"nvcc knows none of the architectures {archs}; it knows {sorted(known, key=int)}")
@@ -88,7 +89,7 @@ def cuda_gencodes(nvcc):
 
 
 def cuda_root(nvcc):
-    """The toolkit's folder as nvcc itself tells it: what is on the search path may be a wrapper script."""
+    """The toolkit's folder as nvcc reports it: the nvcc on the search path may be a wrapper script."""
     command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     top = re.search(r"^#\$ TOP=(.+?)\s*$", told, re.MULTILINE)
@@ -96,7 +97,7 @@ def cuda_root(nvcc):
 
 
 def cudart_static_dir(nvcc):
-    """Folder of libcudart_static.a, or None."""
+    """The folder of libcudart_static.a, or None."""
     root = cuda_root(nvcc)
     for sub in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "targets/aarch64-linux/lib"):
         if (root / sub / "libcudart_static.a").is_file():
@@ -105,48 +106,48 @@ def cudart_static_dir(nvcc):
 
 
 def out_of_date(target, source):
-    """Whether an object is older than its source or than a header that the compiler noted when it made the object."""
+    """Whether an object is older than its source or than a header listed in the dependency file beside it."""
     notes = Path(target).with_suffix(".d")
     if not Path(target).is_file() or not notes.is_file():
         return True
     made = os.stat(target).st_mtime
-    # The notes are a make rule: "object: source header \\\n header".
+    # The dependency file is a make rule: "object: source header \\\n header".
     inputs = notes.read_text().replace("\\\n", " ").split(": ", 1)[-1].split()
     return any(not os.path.isfile(name) or os.stat(name).st_mtime >= made for name in (source, *inputs))
 
 
 def nvcc_command(nvcc, source, target, gencodes):
-    """How one CUDA source becomes an object, and notes beside it of the headers it includes."""
+    """The command that compiles one CUDA source to an object and writes a dependency file beside it."""
     command = [nvcc, "-c", source, "-o", str(target), "-O3", "-std=c++20", "-Icsrc"]
     command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0", *gencodes]
     return [*command, "-MD", "-MF", str(target.with_suffix(".d"))]
 
 
 def kernel_sources(isas):
-    """Write a source for each instruction set and each file of kernels that it has; the paths of these."""
+    """Write a source for each instruction set and each of its files of kernels, and return the paths."""
     paths = [Path("build", "kernels", isa, f"{part}.cpp") for part in KERNELS for isa in isas]
     paths = [path for path in paths if path.parent.name != "amx" or path.stem in AMX_KERNELS]
     for path in paths:
         text = KERNEL_SOURCE.format(isa=path.parent.name, part=path.stem)
-        if not path.is_file() or path.read_text() != text:  # a new file would be compiled again
+        if not path.is_file() or path.read_text() != text:  # a newly written file would be compiled again
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     return [str(path) for path in paths]
 
 
 class BuildExt(build_ext):
-    """build_ext that compiles ``.cu`` files with nvcc, and goes on without the extension where nothing compiles it."""
+    """build_ext that compiles ``.cu`` files with nvcc and, without a C++20 compiler, leaves the extension out."""
 
     def build_extension(self, ext):
-        # Objects are reused, so each way of compiling has a folder of its own; an editable install would compile into a
-        # temporary one.
+        ext.optional = ext.optional and not can_compile_extensions()
+        # Objects are reused, so each set of flags has its own folder, which would be temporary in an editable install.
         flags = repr((ext.define_macros, ext.extra_compile_args, *map(os.environ.get, ENVIRONMENT)))
         folder = f"objects.{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
         self.build_temp = os.path.join("build", folder, hashlib.sha256(flags.encode()).hexdigest()[:12])
-        # Objects are compiled where they are out of date; without force a library of other objects would be kept.
+        # Only objects that are out of date are compiled; without force, a library made of other objects would be kept.
         self.force = True
         cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
-        # Kernels first: they take longest.
+        # Kernels first, because they take longest.
         ext.sources = [*kernel_sources(ext.isas), *(s for s in ext.sources if not s.endswith(".cu"))]
         if cuda_sources:
             ext.extra_objects = [*ext.extra_objects, *self.compile_cuda(cuda_sources)]
@@ -170,19 +171,29 @@ class BuildExt(build_ext):
             return list(pool.map(compile_one, sources))
 
 
-def assembles(instruction):
-    """Whether the compiler's assembler knows an instruction: older ones than the compiler are in use."""
-    source = f'void f() {{ asm volatile("{instruction}"); }}'
+def compiles(source, *flags):
+    """Whether the compiler compiles a source; None if it does not run."""
     try:
         compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-        command = [*compiler, "-x", "c++", "-c", "-o", os.devnull, "-"]
+        command = [*compiler, *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
         return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
     except (OSError, ValueError):
-        return True
+        return None
+
+
+def can_compile_extensions():
+    """Whether there is a C++20 compiler with OpenMP, and the headers of Python."""
+    flags = ("-std=c++20", "-fopenmp", f"-I{sysconfig.get_paths()['include']}")
+    return compiles("#include <Python.h>\n#include <omp.h>\n#include <span>\n", *flags)
+
+
+def assembles(instruction):
+    """Whether the compiler's assembler, which may be older than the compiler, knows an instruction."""
+    return compiles(f'void f() {{ asm volatile("{instruction}"); }}') is not False
 
 
 def native_isa(cpuinfo=Path("/proc/cpuinfo")):
-    """The best instruction set among the flags that the system lists for the processor; None where it lists none."""
+    """The best instruction set among the processor flags that the system lists; None if it lists none."""
     try:
         flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:
@@ -198,7 +209,7 @@ def native_isa(cpuinfo=Path("/proc/cpuinfo")):
 
 
 def wanted_isas():
-    """The names that GOSSAMER_ISAS holds, with what ``native`` stands for on this machine."""
+    """The names in GOSSAMER_ISAS, with ``native`` replaced by this machine's best instruction set."""
     wish = os.environ.get("GOSSAMER_ISAS") or ("all" if {"editable_wheel", "develop"} & set(sys.argv) else "native")
     wanted = set(re.split(r"[;, ]+", wish)) - {""}
     if not wanted or wanted - {"all", "native", "generic", *ISAS}:
@@ -214,11 +225,11 @@ def wanted_isas():
 
 
 def compiled_isas(wanted):
-    """The instruction sets to compile kernels for, best first: those wanted that machine and assembler know."""
+    """The instruction sets to compile kernels for, best first: those wanted that machine and assembler support."""
     isas = ["generic"]
     if platform.machine() in ("x86_64", "AMD64"):
         if "amx" in wanted:
-            wanted = wanted | {"avx512_bf16"}  # whose kernels it takes for all but some products
+            wanted = wanted | {"avx512_bf16"}  # AMX has kernels only for some products and uses these for the rest
         isas += [isa for isa in ISAS if wanted & {isa, "all"}]
         if "all" in wanted and not assembles("tilerelease"):
             print("the assembler does not know AMX; building without its kernels", file=sys.stderr)
@@ -298,7 +309,7 @@ setup(
         "gossamer.bench.harness",
         "gossamer.bench.studies",
     ],
-    # What package_data names is installed; what the manifest names beyond that is for the source archive alone.
+    # Only what package_data names is installed; the rest of the manifest is for the source archive.
     include_package_data=False,
     package_dir={"": "python", "gossamer.triton_kernels": "triton_kernels", "gossamer.bench": "bench"},
     package_data={

@@ -134,6 +134,20 @@ print(gossamer.__file__, y.flatten().tolist())
     assert where.startswith(str(target)) and values == "[4.0, 6.0, 1.0, 3.0]\n"
 
 
+def test_sources_that_do_not_compile_fail_the_build(source, tmp_path):
+    compiler = shutil.which(ENVIRONMENT.get("CXX", "c++"), path=SEARCH_PATH)
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    # It compiles what it reads from its standard input, but no file.
+    picky = tmp_path / "c++"
+    picky.write_text(f'#!/bin/sh\ncase "$*" in *.cpp*) echo "no such luck" >&2; exit 1;; esac\nexec {compiler} "$@"\n')
+    picky.chmod(0o755)
+    options = {"GOSSAMER_CUDA": "0", "GOSSAMER_ISAS": "generic", "CC": str(picky), "CXX": str(picky)}
+    done = pip("wheel", "-w", str(tmp_path), str(source), cwd=tmp_path, ok=False, **options)
+    assert done.returncode != 0 and "no such luck" in done.stdout + done.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
 def test_import_is_quick_and_pulls_in_no_optional_package():
     code = """
 import sys, time, torch
@@ -342,5 +356,5 @@ def test_architectures_are_those_wanted_that_nvcc_knows(build_script, toolkit, m
     with pytest.raises(SystemExit, match=r"nvcc knows none of the architectures \['120'\]"):
         gencodes(nvcc)
     monkeypatch.setenv("GOSSAMER_CUDA_ARCHS", "hopper")
-    with pytest.raises(SystemExit, match=r"\['hopper'\] are no architectures"):
+    with pytest.raises(SystemExit, match=r"GOSSAMER_CUDA_ARCHS must list architectures .*, got \['hopper'\]"):
         gencodes(nvcc)
