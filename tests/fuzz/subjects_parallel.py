@@ -57,7 +57,12 @@ def divided_experts(rng):
                 parallel.gather_experts(module)
             again = module(x, routing)
             # Zero times an infinity is no part of an exchange, which leaves absent slots out.
-            if y.isfinite().all() and again.isfinite().all() and not torch.allclose(y, again, 1e-3, 1e-4):
+            if (
+                not counts.any()
+                and y.isfinite().all()
+                and again.isfinite().all()
+                and not torch.allclose(y, again, 1e-3, 1e-4)
+            ):
                 raise AssertionError("experts that were divided give another result")
         return y.detach(), counts, *gradients
 
@@ -172,10 +177,12 @@ def counted(rng):
         args = {"parameters": [randn(rng, dim), randn(rng, rows, dim)], "max_norm": rng.choice((0.5, 100.0))}
 
         def clip(parameters, max_norm):
-            for parameter in parameters if isinstance(parameters, list) else ():
-                parameter.grad = parameter.detach().clone() if isinstance(parameter, torch.Tensor) else None
+            given = parameters if isinstance(parameters, list) else [parameters]
+            given = [parameter for parameter in given if isinstance(parameter, torch.Tensor)]
+            for parameter in given:
+                parameter.grad = parameter.detach().clone()
             norm = parallel.clip_grad_norm_(parameters, max_norm)
-            return norm, *(p.grad for p in parameters if isinstance(p, torch.Tensor))
+            return norm, *(parameter.grad for parameter in given)
 
         clip.__qualname__ = "clip_grad_norm_"
         return clip, args

@@ -214,6 +214,18 @@ def test_mixed_dtypes(kernel_backend, device):
         assert not torch.equal(actual["a2"], expected["a2"].float())
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_scale_beyond_the_dtype_overflows(device, quantized):
+    """To infinity, in fused kernels and in separate products."""
+    gate_up, down = torch.ones(2, 8, 32, device=device), torch.ones(2, 32, 4, device=device)
+    stacks = [gossamer.QuantizedExpertWeight.quantize(w, "int8") if quantized else w.half() for w in (gate_up, down)]
+    ids, x = torch.tensor([[0], [1], [0]], device=device), torch.ones(3, 32, device=device).half()
+    factors = torch.ones(2, 1, 4, device=device).half(), torch.ones(2, 32, 1, device=device).half()
+    weights = torch.ones(3, 1, device=device)
+    y = gossamer.expert_mlp(x, *stacks, gossamer.dispatch(ids, 2), weights, down_lora=factors, lora_scale=1e6)
+    assert y.dtype == torch.float16 and y.isposinf().all()
+
+
 def test_float32_factors_of_float64(device):
     """On the CPU also beside float64 weights: their gradients are float64 sums, rounded once."""
     if device != "cpu":

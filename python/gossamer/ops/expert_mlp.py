@@ -243,7 +243,11 @@ def _product(rows: torch.Tensor, weight: Weight, dispatch: Dispatch, x_grouped: 
         return y
     a, b = (Weight(f.to(rows.dtype)) for f in factors)
     s = rows_by_weight(rows, a, dispatch, x_grouped, True, backend)
-    return torch.add(y, rows_by_weight(s, b, dispatch, True, True, backend), alpha=weight.factor)
+    update = rows_by_weight(s, b, dispatch, True, True, backend)
+    if abs(weight.factor) > torch.finfo(y.dtype).max:
+        # Refused as alpha; a product overflows to infinity, as in the fused kernels.
+        return y + update * weight.factor
+    return torch.add(y, update, alpha=weight.factor)
 
 
 def _composed(args: ExpertMlp, dispatch: Dispatch, backend: str) -> torch.Tensor:

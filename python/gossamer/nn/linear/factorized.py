@@ -132,6 +132,6 @@ def frobenius_decay_(module: nn.Module, decay: float) -> None:
     for layer in layers:
         u, v = layer.u, layer.v
         if u.grad is not None:
-            u.grad.addmm_(u, v @ v.T, alpha=decay)
+            u.grad.addmm_(u, (v @ v.T) * decay)
         if v.grad is not None:
-            v.grad.addmm_(u.T @ u, v, alpha=decay)
+            v.grad.addmm_((u.T @ u) * decay, v)

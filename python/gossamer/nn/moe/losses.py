@@ -627,4 +627,4 @@ def update_expert_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) ->
     with torch.no_grad():
         counts = counts.long()
         direction = (counts.sum() - counts.numel() * counts).sign()
-        return bias.add_(direction.to(bias.dtype), alpha=rate)
+        return bias.add_(direction.to(bias.dtype) * rate)
