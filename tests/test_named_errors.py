@@ -12,6 +12,8 @@ from gossamer import nn, optim, parallel, testing
 from gossamer.integrations import scattermoe
 from gossamer.integrations.megablocks import Arguments, dMoE
 from gossamer.integrations.megablocks import ops as megablocks
+from gossamer.integrations.scattermoe.kernels import ops as products
+from gossamer.integrations.scattermoe.kernels import single
 from gossamer.nn import SharedExpert
 
 HUGE = 2**63
@@ -617,6 +619,44 @@ def test_layers_of_scattermoe_name_their_own_arguments(kind):
             kind(*sizes)
     with pytest.raises(TypeError, match="activation must be callable or None, got list"):
         kind(3, 4, 2, 1, activation=[1])
+
+
+KERNELS = {
+    "X": (lambda: products.group_bwd_W(torch.ones(2, 3), torch.ones(1, 4), CHOSEN[:, 0] + 1, 2), r"X must have shape"),
+    "W": (
+        lambda: single.single2scatter(torch.ones(1, 3), torch.ones(0, 3, 4), CHOSEN.T),
+        "W must hold at least one ex",
+    ),
+    "coeff": (
+        lambda: products.group(torch.ones(2, 3), CHOSEN[:, 0], [1.0, 2.0]),
+        "coeff must be a torch.Tensor, got li",
+    ),
+    "fan_out": (lambda: products.group(torch.ones(2, 3), CHOSEN[:, 0], fan_out=0), "fan_out must be at least 1, got 0"),
+    "out": (
+        lambda: products.group(torch.ones(2, 3), CHOSEN[:, 0], out=torch.ones(2, 3).double()),
+        "out must have the dtype of result, torch.float32, got torch.float64",
+    ),
+    "end_bit": (lambda: megablocks.sort(CHOSEN[:, 0], "text"), "end_bit must be an int, got str"),
+    "max_val": (lambda: megablocks.histogram(CHOSEN[:, 0], None), "max_val must be an int, got NoneType"),
+    "dim": (lambda: megablocks.inclusive_cumsum(CHOSEN[:, 0], 1), r"dim must be in \[-1, 1\) for x of shape \(2,\)"),
+    "tiling": (lambda: megablocks.repeat(CHOSEN, (2,)), "tiling must have a number for each dimension of x"),
+    "num_outputs": (
+        lambda: megablocks.replicate(torch.ones(1, 2), CHOSEN[:, 0], -1),
+        "num_outputs must be at least 0, got -1",
+    ),
+    "output_block_rows": (
+        lambda: megablocks.topology(CHOSEN[:, 0], 1, -1, 1),
+        "output_block_rows must be at least 0, got -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_of_others_name_their_own_arguments(name):
+    """The functions that both libraries call kernels or operators."""
+    call, message = KERNELS[name]
+    with pytest.raises((TypeError, ValueError, IndexError), match=message):
+        call()
 
 
 def test_layers_of_megablocks_name_their_own_arguments():

@@ -7,6 +7,9 @@ from draws import ids, randn, size
 from subjects_modules import layer_call
 
 from gossamer.integrations import megablocks, scattermoe
+from gossamer.integrations.megablocks import ops
+from gossamer.integrations.scattermoe.kernels import ops as products
+from gossamer.integrations.scattermoe.kernels import single
 
 
 def scattered(rng):
@@ -58,4 +61,55 @@ def of_arguments(rng):
     return call, args | {"x": x}
 
 
-SUBJECTS = (scattered, of_arguments)
+def kernels(rng):
+    """What both libraries call their kernels: sorted products, and rows and counts around them."""
+    t, c, n, e = size(rng, 0), size(rng, 1, 16), size(rng, 1, 16), size(rng, 1, 6)
+    k, kind = rng.randint(1, min(2, e)), rng.randrange(8)
+    experts, slots, offsets = scattermoe.flatten_sort_count(ids(rng, e, t, k), num_experts=e)
+    if kind == 0:
+        args = {"X": randn(rng, t, c), "W": randn(rng, e, c, n), "sorted_expert_idxs": experts, "k": k}
+        args |= {"sorted_scattered_idxs": slots, "b": rng.choice((None, randn(rng, e, n))), "x_grouped": False}
+        args |= {"y_grouped": rng.random() < 0.5, "out": rng.choice((None, torch.zeros(t * k, n)))}
+        return named(products.scatter2scatter, ["x", "weight", "bias", "expert_offsets", "num_experts"]), args
+    if kind == 1:
+        args = {"A": randn(rng, t, c), "sorted_expert_idxs": slots, "fan_out": k}
+        args |= {"coeff": rng.choice((None, randn(rng, t, k))), "out": rng.choice((None, torch.zeros(t * k, c)))}
+        return named(products.group, ["weights"]), args
+    if kind == 2:
+        args = {"DY": randn(rng, t * k, n), "X": randn(rng, t * k, c), "expert_offsets": offsets, "E": e}
+        return named(products.group_bwd_W, []), args | {"has_bias": rng.random() < 0.5}
+    if kind == 3:
+        args = {"X": randn(rng, rng.choice((1, k)), c), "W": randn(rng, e, c, n), "expert_idxs": ids(rng, e + 1, 1, k)}
+        return named(single.single2scatter, ["x", "weight", "expert_ids", "num_experts"]), args
+    x = ids(rng, e, t).int()
+    if kind == 4:
+        return ops.sort, {"x": x, "end_bit": rng.choice((None, 3, 31))}
+    if kind == 5:
+        return ops.histogram, {"x": rng.choice((x, x.unsqueeze(0))), "max_val": e}
+    if kind == 6:
+        pieces = (
+            (ops.inclusive_cumsum, {"x": x, "dim": 0}),
+            (ops.exclusive_cumsum, {"x": x, "dim": -1}),
+            (ops.round_up, {"x": x, "value": 16}),
+            (ops.repeat, {"x": x, "tiling": (2,)}),
+            (ops.sum, {"x": randn(rng, t, c), "dim": 1}),
+        )
+        return rng.choice(pieces)
+    bins = ops.inclusive_cumsum(ops.round_up(ops.histogram(x, e), 16), 0)
+    if rng.random() < 0.5:
+        return ops.replicate, {"x": randn(rng, 2, e), "bins": bins, "num_outputs": int(bins[-1])}
+    rows = int(bins[-1]) // 16
+    return ops.topology, {"padded_bins": bins, "block_size": 16, "output_block_rows": rows, "output_block_columns": 2}
+
+
+def named(function, names):
+    """``function``, whose errors may speak of what the product behind it calls its operands."""
+
+    def call(**args):
+        return function(**args)
+
+    call.__qualname__, call.signature = function.__name__, names
+    return call
+
+
+SUBJECTS = (scattered, of_arguments, kernels)

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_floating, check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import (
+    check_floating,
+    check_index,
+    check_positive,
+    check_same_device,
+    check_sequence,
+    check_shape,
+    check_sizes,
+    check_strided,
+    check_tensor,
+)
 from gossamer._trusted import check_range, is_readable
 from gossamer.ops.dispatch import dispatch
 from gossamer.ops.gather_reduce import gather_reduce
@@ -21,8 +31,16 @@ _MAX_COUNTING_BITS = 12
 
 def _check_integers(name: str, x: torch.Tensor) -> None:
     check_tensor(name, x)
+    check_strided(name, x)
     if x.dtype not in _SORTED_DTYPES:
         raise TypeError(f"{name} must be int16, int32 or int64, got {x.dtype}")
+
+
+def _check_dim(x: torch.Tensor, dim: int) -> None:
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise IndexError(f"dim must be in [-{x.dim()}, {x.dim()}) for x of shape {tuple(x.shape)}, got {dim}")
 
 
 def sort(x: torch.Tensor, end_bit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,8 +62,8 @@ def sort(x: torch.Tensor, end_bit: int | None = None) -> tuple[torch.Tensor, tor
     if x.shape[0] > torch.iinfo(x.dtype).max:
         raise ValueError(f"x must have at most {torch.iinfo(x.dtype).max} elements to be numbered in {x.dtype}")
     bits = torch.iinfo(x.dtype).bits
-    if end_bit is not None and end_bit < 1:
-        raise ValueError(f"end_bit must be at least 1, got {end_bit}")
+    if end_bit is not None:
+        check_positive(end_bit=end_bit)
     keys = x if end_bit is None or end_bit >= bits else x & (2**end_bit - 1)
     if end_bit is not None and end_bit <= _MAX_COUNTING_BITS:
         order = dispatch(keys.int().unsqueeze(1), 2**end_bit).slots.long()
@@ -69,6 +87,7 @@ def histogram(x: torch.Tensor, max_val: int) -> torch.Tensor:
         ValueError: another rank, or ``max_val`` below 1.
     """
     _check_integers("x", x)
+    check_sizes(max_val=max_val)
     if x.dim() not in (1, 2) or max_val < 1:
         raise ValueError(f"x must be 1-D or 2-D and max_val at least 1, got {tuple(x.shape)} and {max_val}")
     rows = x.long() if x.dim() == 2 else x.long().unsqueeze(0)
@@ -83,6 +102,7 @@ def histogram(x: torch.Tensor, max_val: int) -> torch.Tensor:
 def inclusive_cumsum(x: torch.Tensor, dim: int) -> torch.Tensor:
     """``y[i] = Σ_{j <= i} x[j]`` along ``dim``, in the dtype of ``x``; a vector of one element stays a vector."""
     _check_integers("x", x)
+    _check_dim(x, dim)
     return x.cumsum(dim, dtype=x.dtype)
 
 
@@ -98,21 +118,31 @@ def round_up(x: torch.Tensor, value: int) -> torch.Tensor:
         TypeError: ``x`` is not int32, or ``value`` is not an int.
         ValueError: ``value`` is below 1.
     """
-    check_tensor("x", x)
-    if x.dtype != torch.int32 or not isinstance(value, int):
-        raise TypeError(f"x must be int32 and value an int, got {x.dtype} and {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"value must be at least 1, got {value}")
+    _check_integers("x", x)
+    if x.dtype != torch.int32:
+        raise TypeError(f"x must be int32, got {x.dtype}")
+    check_positive(value=value)
+    if value > torch.iinfo(torch.int32).max:
+        raise ValueError(f"value must fit int32, got {value}")
     return torch.div(x + (value - 1), value, rounding_mode="floor") * value
 
 
 def repeat(x: torch.Tensor, tiling: tuple[int, ...]) -> torch.Tensor:
     """``x.repeat(*tiling)``; ``x`` itself for a single copy."""
+    check_tensor("x", x)
+    check_strided("x", x)
+    check_sequence("tiling", tiling)
+    check_sizes(**{f"tiling[{place}]": times for place, times in enumerate(tiling)})
+    if len(tiling) < x.dim():
+        raise ValueError(f"tiling must have a number for each dimension of x {tuple(x.shape)}, got {tuple(tiling)}")
     return x if all(times == 1 for times in tiling) else x.repeat(*tiling)
 
 
 def sum(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """``x.sum(dim)``; a view if the dimension has one element."""
+    check_tensor("x", x)
+    check_strided("x", x)
+    _check_dim(x, dim)
     return x.squeeze(dim) if x.shape[dim] == 1 else x.sum(dim)
 
 
@@ -134,7 +164,9 @@ def replicate(x: torch.Tensor, bins: torch.Tensor, num_outputs: int) -> torch.Te
     check_shape("x", x, (None, None), "(M, E)")
     check_index("bins", bins)
     check_shape("bins", bins, (x.shape[1],), "(E,)")
+    check_strided("x", x)
     check_same_device(x=x, bins=bins)
+    check_sizes(num_outputs=num_outputs)
     columns = torch.arange(num_outputs, dtype=bins.dtype, device=x.device)
     source = torch.searchsorted(bins, columns, right=True)
     if x.is_floating_point():
@@ -163,8 +195,8 @@ def topology(
     """
     check_index("padded_bins", padded_bins)
     check_shape("padded_bins", padded_bins, (None,), "(E,)")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    check_positive(block_size=block_size)
+    check_sizes(output_block_rows=output_block_rows, output_block_columns=output_block_columns)
     starts = torch.arange(output_block_rows, dtype=padded_bins.dtype, device=padded_bins.device) * block_size
     expert = torch.searchsorted(padded_bins, starts, right=True)
     columns = torch.arange(output_block_columns, device=padded_bins.device)

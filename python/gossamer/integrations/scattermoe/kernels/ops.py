@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import MAX_SIZE, check_index, check_same_device, check_shape, check_tensor
+from gossamer._checks import (
+    MAX_SIZE,
+    check_flag,
+    check_flags,
+    check_floating,
+    check_index,
+    check_positive,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+    check_written,
+)
+from gossamer._trusted import is_readable
 from gossamer.ops.dispatch import Dispatch
 from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.grouped_matmul import grouped_matmul, grouped_matmul_dweight
@@ -50,10 +63,19 @@ def sorted_dispatch(slots: torch.Tensor, expert_offsets: torch.Tensor, k: int) -
     return Dispatch(slots.int(), rows, offsets, num_rows // k, k, expert_offsets.shape[0])
 
 
+def check_experts(name: str, weight: torch.Tensor) -> None:
+    """A stack of weights must hold at least one."""
+    if weight.shape[0] < 1:
+        raise ValueError(f"{name} must hold at least one expert, got {tuple(weight.shape)}")
+
+
 def _store(result: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     if out is None:
         return result
     check_shape("out", out, tuple(result.shape), "that of the result")
+    check_written("out", out)
+    check_same_device(result=result, out=out)
+    check_same_dtype(result=result, out=out)
     return out.copy_(result)
 
 
@@ -93,8 +115,13 @@ def scatter2scatter(
     """
     check_tensor("W", W)
     check_shape("W", W, (None, None, None), "(E, C, N)")
+    check_experts("W", W)
+    check_flags(x_grouped=x_grouped, y_grouped=y_grouped)
     check_index("sorted_expert_idxs", sorted_expert_idxs)
+    check_index("sorted_scattered_idxs", sorted_scattered_idxs)
+    check_shape("sorted_scattered_idxs", sorted_scattered_idxs, (None,), "(R,)")
     check_shape("sorted_expert_idxs", sorted_expert_idxs, tuple(sorted_scattered_idxs.shape), "(R,)")
+    check_same_device(sorted_expert_idxs=sorted_expert_idxs, sorted_scattered_idxs=sorted_scattered_idxs)
     experts = torch.arange(W.shape[0], dtype=sorted_expert_idxs.dtype, device=sorted_expert_idxs.device)
     ends = torch.searchsorted(sorted_expert_idxs.contiguous(), experts, right=True)
     dispatch = sorted_dispatch(sorted_scattered_idxs, ends, 1 if x_grouped else k)
@@ -126,11 +153,21 @@ def group(
         ValueError: ``A`` has not ``R / fan_out`` rows, or shapes do not fit.
         IndexError: on the CPU, a slot outside ``[0, R)``.
     """
-    check_tensor("A", A)
+    check_floating("A", A)
+    check_shape("A", A, (None, None), "(R / fan_out, D)")
+    check_positive(fan_out=fan_out)
     check_index("sorted_expert_idxs", sorted_expert_idxs)
+    check_shape("sorted_expert_idxs", sorted_expert_idxs, (None,), "(R,)")
+    if coeff is not None:
+        check_floating("coeff", coeff)
+    check_same_device(A=A, sorted_expert_idxs=sorted_expert_idxs, coeff=coeff)
     num_rows = sorted_expert_idxs.shape[0]
     if A.shape[0] * fan_out != num_rows:
         raise ValueError(f"A must have R / fan_out = {num_rows} / {fan_out} rows, got {tuple(A.shape)}")
+    if num_rows and is_readable(sorted_expert_idxs):
+        least, most = (int(slot) for slot in sorted_expert_idxs.aminmax())
+        if least < 0 or most >= num_rows:
+            raise IndexError(f"sorted_expert_idxs must be in [0, R={num_rows}), got values from {least} to {most}")
     if coeff is not None:
         coeff = coeff.reshape(-1)
         check_shape("coeff", coeff, (num_rows,), "(R,)")
@@ -158,8 +195,16 @@ def group_bwd_W(
         TypeError: dtypes do not fit.
         ValueError: shapes or devices do not fit.
     """
+    check_positive(E=E)
+    check_flag("has_bias", has_bias)
+    check_index("expert_offsets", expert_offsets)
     check_shape("expert_offsets", expert_offsets, (E,), "(E,)")
+    check_floating("DY", DY)
     check_shape("DY", DY, (None, None), "(R, N)")
+    check_floating("X", X)
+    check_shape("X", X, (DY.shape[0], None), "(R, C)")
+    check_same_device(DY=DY, X=X, expert_offsets=expert_offsets)
+    check_same_dtype(DY=DY, X=X)
     slots = torch.arange(DY.shape[0], dtype=torch.int32, device=DY.device)
     dispatch = sorted_dispatch(slots, expert_offsets, 1)
     dweight, dbias = grouped_matmul_dweight(X, DY, dispatch, with_bias=has_bias)
