@@ -28,7 +28,8 @@ from gossamer.bench.harness.case import (
 from gossamer.bench.harness.cold import copies, in_turn, passes
 from gossamer.bench.harness.cost import Cost, nbytes
 from gossamer.bench.harness.peers import Peer, attribute, gather, import_module
-from gossamer.ops.low_rank import low_rank_linear_reference
+from gossamer.ops._weights import BLOCK
+from gossamer.ops.low_rank import base_linear, low_rank_linear_reference
 
 SHAPES = {
     "square": (8192, 4096, 4096, 16),
@@ -149,6 +150,25 @@ FORMATS = {
     "int8": gossamer.Int8Weight.quantize,
     "fp8": gossamer.Float8Weight.quantize,
     "nf4": gossamer.NF4Weight.quantize,
+    "nf4 with float scales": functools.partial(gossamer.NF4Weight.quantize, double=False),
+}
+
+
+def _stacked(weight_format: str, **options):
+    """A quantiser of a matrix as a stack of one, for a linear layer without an update."""
+    return lambda weight: gossamer.QuantizedExpertWeight.quantize(weight.unsqueeze(0), weight_format, **options)
+
+
+# The formats of experts, for the other linear layers of a model.
+LINEARS = {
+    "fp8_block": _stacked("fp8_block"),
+    "int8, int8 rows": _stacked("int8", activations="int8"),
+    "int4": _stacked("int4"),
+    "int4, int8 rows": _stacked("int4", activations="int8"),
+    "int4 of 64": _stacked("int4", group_size=64),
+    "int4 of 128": _stacked("int4", group_size=128),
+    "mxfp4": _stacked("mxfp4"),
+    "mxfp4, int8 rows": _stacked("mxfp4", activations="int8"),
 }
 
 
@@ -196,6 +216,21 @@ def _few_rows(problem: Problem, rows: torch.Tensor, count: int) -> tuple[list[Va
 
         gates[name] = gate
         add(f"gossamer {name}", PEER, layer, weight, _copy, size, name)
+    n, c = problem.weight.shape
+    if n % BLOCK == 0 and c % BLOCK == 0:
+        for name, quantize in LINEARS.items():
+            weight = quantize(problem.weight)
+
+            def plain_gate(weight=weight) -> FloatGate:
+                dense = [weight.dequantize(dtype)[0] for dtype in (torch.float64, x.dtype)]
+                truth, plain = ({"y": F.linear(x[rows].to(w.dtype), w)} for w in dense)
+                return FloatGate(truth, plain)
+
+            exact = weight.activations == "float"
+            gates |= {name: plain_gate} if exact else {}
+            note = "no update" if exact else "no update, activations rounded to 8 bits"
+            call = functools.partial(base_linear, x)
+            add(f"gossamer {name}", PEER, call, weight, _copy, weight.nbytes, name if exact else None, note)
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         packed = torch_int4(problem.weight)
         call = lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w[0], 32, w[1])  # noqa: E731

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from gossamer.bench.families.experts import sampled_outputs as plain_outputs
 from gossamer.bench.families.skew import EXPERT_SKEWS
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, PEER, Case, Family, FloatGate, Request, Variant
 from gossamer.bench.harness.cold import in_turn, passes
-from gossamer.ops._weights import WHOLE_FORMATS
+from gossamer.ops._weights import INT4_GROUPS, MX_GROUP, WHOLE_FORMATS
 from gossamer.ops.quantized_expert_weight import FORMATS
 
 # Shapes of decoding, for which weights are quantised; on a GPU those of large models with few tokens.
@@ -79,11 +80,16 @@ def _variants(problem: Problem, steps: Steps) -> tuple[list[Variant], dict, dict
         return gossamer.expert_mlp(problem.x, *weights, dispatch, problem.weights)
 
     sample = None
-    for weight_format in FORMATS:
+    kinds = [(name, name, MX_GROUP) for name in FORMATS]
+    if steps.count > 1:
+        largest = math.gcd(problem.gate_up.shape[2], problem.down.shape[2])
+        kinds += [(f"int4 of {size}", "int4", size) for size in INT4_GROUPS[1:] if largest % size == 0]
+    for kind, weight_format, size in kinds:
         gate_up, down = (
-            gossamer.QuantizedExpertWeight.quantize(w, weight_format) for w in (problem.gate_up, problem.down)
+            gossamer.QuantizedExpertWeight.quantize(w, weight_format, group_size=size)
+            for w in (problem.gate_up, problem.down)
         )
-        sizes[weight_format] = (gate_up.nbytes + down.nbytes) // problem.num_experts
+        sizes[kind] = (gate_up.nbytes + down.nbytes) // problem.num_experts
 
         def gate(gate_up=gate_up, down=down) -> FloatGate:
             def outputs(dtype: torch.dtype, accumulate: torch.dtype) -> dict[str, torch.Tensor]:
@@ -96,14 +102,14 @@ def _variants(problem: Problem, steps: Steps) -> tuple[list[Variant], dict, dict
                 outputs(torch.float64, torch.float64), outputs(problem.x.dtype, torch.float32), sample.picks
             )
 
-        role, moved = PEER if variants else OURS, float(steps.count * steps.touched * sizes[weight_format])
+        role, moved = PEER if variants else OURS, float(steps.count * steps.touched * sizes[kind])
         forward = steps.forward(layer, (gate_up, down), _clone)
-        variants.append(Variant(f"gossamer {weight_format}", role, forward, gate=weight_format, bytes=moved))
-        gates[weight_format] = gate
+        variants.append(Variant(f"gossamer {kind}", role, forward, gate=kind, bytes=moved))
+        gates[kind] = gate
         if weight_format in WHOLE_FORMATS:
             rounding = tuple(dataclasses.replace(w, activations="int8") for w in (gate_up, down))
             forward = steps.forward(layer, rounding, _clone)
-            name = f"gossamer {weight_format} with int8 rows"
+            name = f"gossamer {kind} with int8 rows"
             note = "activations rounded to 8 bits, which the check of others does not cover"
             variants.append(Variant(name, PEER, forward, gate=None, note=note, bytes=moved))
     sample = make_sample(problem)
