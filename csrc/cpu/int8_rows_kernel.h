@@ -273,25 +273,16 @@ void few_int8_product(const QuantizedMatrix& w, int64_t n, int64_t count, const 
   const int64_t depth = w.depth();
   const int shift = std::min(w.weights->column_shift, 40), x_shift = int8_shift(w);
   alignas(64) UInts words[vectors * words_of_step];
-  alignas(64) Vec<float> scales[vectors * lanes];
   for (int64_t i = 0; i < count; i += height) {
-    const CodeRows<vectors> rows(w, n + i, n + count);
+    CodeRows<vectors> rows(w, n + i, n + count);
     Vec<float> total[vectors * Tokens] = {};
-    int64_t scaled_to = 0;
     for (int64_t k = 0; k < depth; k += columns) {
       const int64_t last = std::min(depth, k + columns);
       rows.gather(k * bits / 8, (last * bits + 7) / 8, words, words_of_step);
-      if (k >> shift >= scaled_to) {
-        const int64_t at = k >> shift;
-        scaled_to = std::min(at + lanes, w.weights->scale_columns);
-        rows.gather_scales(w, at, static_cast<int>(scaled_to - at), scales);
-      }
-      const int64_t place = k + 2 * columns, past = place - (depth + columns - 1) / columns * columns;
-      const int64_t ahead = past < 0 ? place * bits / 8 : height * w.weights->row_bytes() + past * bits / 8;
       const int64_t group = k >> x_shift;
       add_int8_step<Format, Tokens, columns>(
-          {words, rows.row, ahead, x.words.data + k / 4 * Tokens, x.scales + group * x.stride, x.starts + group * x.stride,
-           x.stride, scales, last - k, int64_t{1} << x_shift, shift, k},
+          {words, rows.rows(), rows.ahead(k, columns), x.words.data + k / 4 * Tokens, x.scales + group * x.stride,
+           x.starts + group * x.stride, x.stride, rows.scales(k >> shift), last - k, int64_t{1} << x_shift, shift, k},
           total);
     }
     for (int v = 0; v < vectors; ++v) {

@@ -205,17 +205,21 @@ GOSSAMER_INLINE Vec<float> e4m3_value(UInts high) {
 
 // Whether all bytes are normal e4m3 numbers, as nearly all weights are.
 GOSSAMER_INLINE bool all_normal_e4m3(UInts words) {
+#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
+  // Magnitudes of normal numbers are 8 to 0x7e.
+  const __m512i above = _mm512_sub_epi8((__m512i)(words & 0x7f7f7f7fu), _mm512_set1_epi8(8));
+  return _mm512_cmpgt_epu8_mask(above, _mm512_set1_epi8(0x76)) == 0;
+#else
   // Sums reach a byte's highest bit where its exponent is not zero, and where it is NaN.
   const UInts normal = (words & 0x78787878u) + 0x78787878u, nan = (words & 0x7f7f7f7fu) + 0x01010101u;
   const UInts others = (~normal | nan) & 0x80808080u;
-#if GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
-  return _mm512_test_epi32_mask((__m512i)others, (__m512i)others) == 0;
-#elif GOSSAMER_F16C
+#if GOSSAMER_F16C
   return _mm256_testz_si256((__m256i)others, (__m256i)others);
 #else
   uint32_t any = 0;
   for (int i = 0; i < kCodes; ++i) any |= others[i];
   return any == 0;
+#endif
 #endif
 }
 
@@ -289,22 +293,27 @@ GOSSAMER_INLINE Terms shift_halves(Terms v) {
   return (Terms)_mm512_srlv_epi16((__m512i)v, _mm512_set1_epi32(Low | High << 16));
 }
 
+// The values of one signed byte of the words in the lanes. A product of bytes is cheaper than the shifts that extend a sign, unless
+// the multipliers are busy.
+template <int Place, bool kBusy>
+GOSSAMER_INLINE Vec<float> signed_byte(UInts words) {
+  if constexpr (kBusy) return __builtin_convertvector((SignedInts)(words << (24 - 8 * Place)) >> 24, Vec<float>);
+  const __m512i byte = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(1 << 8 * Place), (__m512i)words);
+  return (Vec<float>)_mm512_cvtepi32_ps(byte);
+}
+
 // The codes of the words in the lanes as pairs of neighbours along the sum, in bfloat16, which holds all but NF4's exactly.
+// kBusy says that sums of many tokens keep the multipliers busy.
 template <WeightFormat Format>
 constexpr int kPairsInWord = kWordBits / kCodeBits<Format> / 2;
-template <WeightFormat Format, bool kNormal>
+template <WeightFormat Format, bool kNormal, bool kBusy>
 GOSSAMER_INLINE void decode_pairs(UInts words, const Codebook<Format>& book, UInts (&pairs)[kPairsInWord<Format>]) {
   if constexpr (Format == WeightFormat::kFp8) {
     pairs[0] = e4m3_terms<kNormal>(choose_bytes<kZeroByte, 0, kZeroByte, 1>(words));
     pairs[1] = e4m3_terms<kNormal>(choose_bytes<kZeroByte, 2, kZeroByte, 3>(words));
   } else if constexpr (Format == WeightFormat::kInt8) {
-    UInts value[4];
-    value[0] = (UInts)decode_place<Format, 0, true>(words, book);
-    value[1] = (UInts)decode_place<Format, 1, true>(words, book);
-    value[2] = (UInts)decode_place<Format, 2, true>(words, book);
-    value[3] = (UInts)decode_place<Format, 3, true>(words, book);
-    pairs[0] = value[0] >> 16 | value[1];
-    pairs[1] = value[2] >> 16 | value[3];
+    pairs[0] = (UInts)signed_byte<0, kBusy>(words) >> 16 | (UInts)signed_byte<1, kBusy>(words);
+    pairs[1] = (UInts)signed_byte<2, kBusy>(words) >> 16 | (UInts)signed_byte<3, kBusy>(words);
   } else {
     // Each half of a word twice, so that a shift of each 16-bit lane brings its own code to the lowest bits.
     const Terms low = (Terms)choose_bytes<0, 1, 0, 1>(words), high = (Terms)choose_bytes<2, 3, 2, 3>(words);
@@ -317,10 +326,16 @@ GOSSAMER_INLINE void decode_pairs(UInts words, const Codebook<Format>& book, UIn
 }
 
 // The next 32 codes in bfloat16, in their order.
-template <WeightFormat Format>
+template <WeightFormat Format, bool kNormal = false>
 GOSSAMER_INLINE void decode_terms(const uint8_t* from, const Codebook<Format>& book, BFloat16* to) {
   UInts out;
-  if constexpr (Format == WeightFormat::kFp8) {
+  if constexpr (Format == WeightFormat::kFp8 && kNormal) {
+    // A byte's sign, extended, is the sign of the wider lane.
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m512i shifted = _mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 4);
+    const __m512i bits = _mm512_and_si512(shifted, _mm512_set1_epi16(static_cast<int16_t>(0x87f0)));
+    out = (UInts)_mm512_add_epi16(bits, _mm512_set1_epi16(120 << 7));
+  } else if constexpr (Format == WeightFormat::kFp8) {
     const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     out = e4m3_terms<false>((UInts)_mm512_slli_epi16(_mm512_cvtepu8_epi16(codes), 8));
   } else if constexpr (Format == WeightFormat::kInt8) {
@@ -389,6 +404,20 @@ GOSSAMER_INLINE void decode_run(const QuantizedMatrix& w, const Codebook<Format>
       out += by;
       from += by / per_byte;
     };
+#if GOSSAMER_BF16_DOT
+    if constexpr (Format == WeightFormat::kFp8 && !kScaled && std::is_same_v<T, BFloat16>) {
+      constexpr int64_t checked = sizeof(UInts);
+      for (; c + checked <= end; advance(checked)) {
+        if (all_normal_e4m3(load_bytes<UInts>(from))) {
+          decode_terms<Format, true>(from, book, out);
+          decode_terms<Format, true>(from + together, book, out + together);
+        } else {
+          decode_terms<Format>(from, book, out);
+          decode_terms<Format>(from + together, book, out + together);
+        }
+      }
+    }
+#endif
     for (; c + together <= end; advance(together)) {
 #if GOSSAMER_BF16_DOT
       if constexpr (!kScaled && std::is_same_v<T, BFloat16>) {

@@ -111,10 +111,91 @@ struct CodeStep {
   const uint8_t* const* rows;  // where they come from
   int64_t ahead;               // bytes from there to what is read next
   const P* x;
-  const Vec<float>* scales;  // of one vector of rows after the other, kLanes groups each
+  const Vec<float>* scales;  // as CodeRows::scales() gives them
   int64_t count, run, segment, group_shift, first_group;
   bool last;
 };
+
+#if GOSSAMER_BF16_DOT
+// Segments whose sums are made at the same time: a sum is a chain of additions, and few tokens have too few of them to hide their
+// latency.
+template <int Tokens>
+constexpr int kSegmentsTogether = Tokens == 1 ? 2 : 1;
+
+// Adds Segments segments of a step, from column `first` on, to total[vector][token].
+template <WeightFormat Format, int Tokens, int Segments>
+GOSSAMER_INLINE void add_segments(const CodeStep<BFloat16Pair>& step, const Codebook<Format>& book, int64_t first,
+                                  Vec<float>* total) {
+  constexpr int lanes = kLanes<float>, in_word = kWordBits / kCodeBits<Format>, vectors = kCodeVectors<Tokens>;
+  constexpr int64_t words_of_step = kTileColumns<BFloat16Pair> / in_word;
+  const int64_t begin = first / in_word, size = step.segment / in_word;
+  const int64_t end = Segments > 1 ? begin + size : std::min<int64_t>(begin + size, (step.count + in_word - 1) / in_word);
+  Vec<float> sum[Segments][vectors][Tokens] = {};
+  for (int64_t i = begin; i < end; ++i) {
+#pragma GCC unroll 2
+    for (int s = 0; s < Segments; ++s) {
+      const int64_t at = i + s * size;
+      const BFloat16Pair* values = step.x + at * (in_word / 2) * Tokens;
+      UInts word[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) {
+        __builtin_prefetch(step.rows[v * lanes + at % lanes] + step.ahead + at / lanes * 64, 0, 2);
+        word[v] = step.words[v * words_of_step + at];
+      }
+      const auto add_words = [&](auto normal) __attribute__((always_inline)) {
+        UInts pairs[vectors][kPairsInWord<Format>];
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) decode_pairs<Format, normal, (Tokens > 4)>(word[v], book, pairs[v]);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPairsInWord<Format>; ++p) {
+#pragma GCC unroll 16
+          for (int t = 0; t < Tokens; ++t) {
+            const UInts factor = splat(values[p * Tokens + t]);
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; ++v) sum[s][v][t] = fma(pairs[v][p], factor, sum[s][v][t]);
+          }
+        }
+      };
+      bool normal = true;
+      if constexpr (Format == WeightFormat::kFp8) {
+        for (int v = 0; v < vectors; ++v) normal = normal && all_normal_e4m3(word[v]);
+      }
+      if (normal) {
+        add_words(std::true_type{});
+      } else {
+        add_words(std::false_type{});
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int s = 0; s < Segments; ++s) {
+    const Vec<float>* scales = step.scales + (step.first_group + ((first + s * step.segment) >> step.group_shift)) % lanes;
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+#pragma GCC unroll 16
+      for (int t = 0; t < Tokens; ++t) {
+        total[v * Tokens + t] = fma(sum[s][v][t], scales[v * lanes], total[v * Tokens + t]);
+      }
+    }
+  }
+  // Keeps the totals out of the registers.
+  asm volatile("" : : "r"(total) : "memory");
+}
+
+// Adds a step, whose segments are whole, to total[vector][token].
+template <WeightFormat Format, int Tokens>
+__attribute__((noinline)) void add_scaled_step(const CodeStep<BFloat16Pair>& step, const Codebook<Format>& book,
+                                               Vec<float>* total) {
+  constexpr int together = kSegmentsTogether<Tokens>;
+  int64_t r = 0;
+  if constexpr (together > 1) {
+    for (; r + together * step.segment <= step.count; r += together * step.segment) {
+      add_segments<Format, Tokens, together>(step, book, r, total);
+    }
+  }
+  for (; r < step.count; r += step.segment) add_segments<Format, Tokens, 1>(step, book, r, total);
+}
+#endif
 
 // Adds a step to total[vector][token]. Sums of an unfinished segment stay in `open`.
 template <WeightFormat Format, int Tokens, class P>
@@ -140,37 +221,20 @@ __attribute__((noinline)) void add_code_step(const CodeStep<P>& step, const Code
         if constexpr (Format == WeightFormat::kFp8) normal = normal && all_normal_e4m3(word[v]);
       }
       const auto add_words = [&](auto normal) __attribute__((always_inline)) {
-        if constexpr (kScalesSums<P>) {
-#if GOSSAMER_BF16_DOT
-          UInts pairs[vectors][kPairsInWord<Format>];
 #pragma GCC unroll 2
-          for (int v = 0; v < vectors; ++v) decode_pairs<Format, normal>(word[v], book, pairs[v]);
-#pragma GCC unroll 4
-          for (int p = 0; p < kPairsInWord<Format>; ++p) {
+        for (int v = 0; v < vectors; ++v) {
+          // Loaded again for each vector, as an operand of the product: keeping the values would leave too few registers for
+          // the sums.
+          const P* factors = values;
+          asm volatile("" : "+r"(factors));
+          const auto add = [&](int place, Vec<P> weights) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-            for (int t = 0; t < Tokens; ++t) {
-              const UInts factor = splat(values[p * Tokens + t]);
-#pragma GCC unroll 2
-              for (int v = 0; v < vectors; ++v) sum[v][t] = fma(pairs[v][p], factor, sum[v][t]);
-            }
-          }
-#endif
-        } else {
-#pragma GCC unroll 2
-          for (int v = 0; v < vectors; ++v) {
-            // Loaded again for each vector, as an operand of the product: keeping the values would leave too few registers for
-            // the sums.
-            const P* factors = values;
-            asm volatile("" : "+r"(factors));
-            const auto add = [&](int place, Vec<P> weights) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-              for (int t = 0; t < Tokens; ++t) sum[v][t] = fma(weights, splat(factors[place * Tokens + t]), sum[v][t]);
-            };
-            const Vec<float> scale = scales[v * lanes];
-            [&]<int... Place>(std::integer_sequence<int, Place...>) __attribute__((always_inline)) {
-              (add(Place, decode_place<Format, Place, normal>(word[v], book) * scale), ...);
-            }(std::make_integer_sequence<int, in_word>{});
-          }
+            for (int t = 0; t < Tokens; ++t) sum[v][t] = fma(weights, splat(factors[place * Tokens + t]), sum[v][t]);
+          };
+          const Vec<float> scale = scales[v * lanes];
+          [&]<int... Place>(std::integer_sequence<int, Place...>) __attribute__((always_inline)) {
+            (add(Place, decode_place<Format, Place, normal>(word[v], book) * scale), ...);
+          }(std::make_integer_sequence<int, in_word>{});
         }
       };
       if (normal) {
@@ -187,7 +251,7 @@ __attribute__((noinline)) void add_code_step(const CodeStep<P>& step, const Code
 #pragma GCC unroll 16
       for (int t = 0; t < Tokens; ++t) {
         Vec<S>& to = total[v * Tokens + t];
-        to = kScalesSums<P> ? fma(sum[v][t], scales[v * lanes], to) : to + sum[v][t];
+        to += sum[v][t];
         sum[v][t] = Vec<S>{};
       }
     }
@@ -209,25 +273,31 @@ void few_tokens_product_of(const QuantizedMatrix& w, int64_t n, int64_t count, c
   const int shift = std::min(w.weights->column_shift, 40);
   const int64_t run = std::min(segment, int64_t{1} << shift);
   alignas(64) UInts words[vectors * words_of_step];
-  alignas(64) Vec<float> scales[vectors * lanes];
   for (int64_t i = 0; i < count; i += height) {
-    const CodeRows<vectors> rows(w, n + i, n + count);
-    Vec<S> total[vectors * Tokens] = {}, open[vectors * Tokens] = {};
-    int64_t scaled_to = 0;  // groups whose scales have been read
+    CodeRows<vectors> rows(w, n + i, n + count);
+    Vec<S> total[vectors * Tokens] = {};
+    [[maybe_unused]] Vec<S> open[vectors * Tokens] = {};
     for (int64_t k = 0; k < depth; k += columns) {
       const int64_t last = std::min(depth, k + columns);
       rows.gather(k * bits / 8, (last * bits + 7) / 8, words, words_of_step);
-      if (k >> shift >= scaled_to) {
-        const int64_t at = k >> shift;
-        scaled_to = std::min(at + lanes, w.weights->scale_columns);
-        rows.gather_scales(w, at, static_cast<int>(scaled_to - at), scales);
+      const CodeStep<P> step{words,
+                             rows.rows(),
+                             rows.ahead(k, columns),
+                             x + k / kTerms<P> * Tokens,
+                             rows.scales(k >> shift),
+                             last - k,
+                             run,
+                             segment,
+                             shift,
+                             k >> shift,
+                             last == depth};
+      if constexpr (kScalesSums<P>) {
+#if GOSSAMER_BF16_DOT
+        add_scaled_step<Format, Tokens>(step, book, total);
+#endif
+      } else {
+        add_code_step<Format, Tokens, P>(step, book, total, open);
       }
-      // Far enough ahead for memory to answer: two steps, in these rows or the next.
-      const int64_t place = k + 2 * columns, past = place - (depth + columns - 1) / columns * columns;
-      const int64_t ahead = past < 0 ? place * bits / 8 : height * w.weights->row_bytes() + past * bits / 8;
-      add_code_step<Format, Tokens, P>({words, rows.row, ahead, x + k / kTerms<P> * Tokens, scales, last - k, run, segment,
-                                        shift, k >> shift, last == depth},
-                                       book, total, open);
     }
     for (int v = 0; v < vectors; ++v) {
       Vec<S> out[lanes] = {};
