@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from gossamer._environment import environment
@@ -161,6 +161,26 @@ def loaded(chosen: Study, effort: str, folder: Path | None) -> object:
     if folder is not None:
         raise ValueError(f"--data must not be given with study {chosen.name}, which makes its own")
     return chosen.settings[effort]
+
+
+def at_budgets(chosen: Study, effort: str, budgets: str | None) -> Study:
+    """The study with these budgets, shares separated by commas, in the settings of an effort.
+
+    Raises:
+        ValueError: a budget is not in (0, 1] or is given twice, or the study has no budgets.
+    """
+    if budgets is None:
+        return chosen
+    settings = chosen.settings[effort]
+    if not hasattr(settings, "budgets"):
+        raise ValueError(f"--budgets must not be given with study {chosen.name}, which has none")
+    try:
+        shares = tuple(float(share) for share in budgets.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or len(set(shares)) < len(shares) or not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"--budgets must be different numbers in (0, 1], separated by commas, got {budgets!r}")
+    return replace(chosen, settings={**chosen.settings, effort: replace(settings, budgets=shares)})
 
 
 def run(

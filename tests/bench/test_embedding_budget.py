@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gossamer.bench.harness import study_points
-from gossamer.bench.harness.study import Unfit
+from gossamer.bench.harness.study import Unfit, at_budgets, study
 from gossamer.bench.studies.clicks import FIELDS, Clicks, Population, auc
 from gossamer.bench.studies.embedding_budget import CASES, STUDY
 from gossamer.integrations.compress import METHODS
@@ -69,6 +69,18 @@ def test_budgets_reached_and_missed():
     assert outcome.points["0.5"]["loss"] == outcome.metrics["loss"]
     with pytest.raises(Unfit, match="budget must be at least"):
         STUDY.run("hash", 0, dataclasses.replace(few, budgets=(0.0001, 0.5)), lambda share, note: None)
+
+
+def test_chosen_budgets():
+    """``--budgets`` replaces the budgets of one effort, and nothing else."""
+    chosen = at_budgets(STUDY, "quick", "0.5,0.02")
+    assert chosen.settings["quick"] == dataclasses.replace(STUDY.settings["quick"], budgets=(0.5, 0.02))
+    assert chosen.settings["full"] is STUDY.settings["full"] and at_budgets(STUDY, "quick", None) is STUDY
+    for wrong in ("", "0.5,", "0.5,0.5", "0", "1.5", "nan", "half"):
+        with pytest.raises(ValueError, match=r"--budgets must be different numbers in \(0, 1\]"):
+            at_budgets(STUDY, "quick", wrong)
+    with pytest.raises(ValueError, match="--budgets must not be given with study routers"):
+        at_budgets(study("routers"), "quick", "0.5")
 
 
 def record(losses):

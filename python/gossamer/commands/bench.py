@@ -74,6 +74,10 @@ def bench(
     data: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="For study movielens_budget: folder of the ratings.")
     ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="For studies of budgets: shares of the dense bytes; the first decides."),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(help="For parallel: number of local gloo processes; 2 by default.")
     ] = None,
@@ -98,16 +102,17 @@ def bench(
         others = [option for option, value in given.items() if value is not None]
         if processes is not None:
             others.append("--processes")
-        return _study(study, quick, seeds, cases, data, json_file, plot_folder, others)
+        return _study(study, quick, seeds, cases, budgets, data, json_file, plot_folder, others)
     if family == "parallel":
         given = {
             "--sweep": sweep, "--csv": csv_file, "--plot": plot_folder, "--html": html_file, "--compare": compare,
-            "--fail-below": fail_below, "--seeds": seeds, "--cases": cases, "--data": data,
+            "--fail-below": fail_below, "--seeds": seeds, "--cases": cases, "--budgets": budgets, "--data": data,
         }  # fmt: skip
         others = [option for option, value in given.items() if value is not None]
         return _parallel(study, shape, quick, dtype, direction, processes, json_file, others)
     try:
-        for option, value in (("a second name", study), ("--seeds", seeds), ("--cases", cases), ("--data", data)):
+        given = {"a second name": study, "--seeds": seeds, "--cases": cases, "--budgets": budgets, "--data": data}
+        for option, value in given.items():
             if value is not None:
                 raise ValueError(f"{option} is for studies, as in gossamer bench study routers")
         if processes is not None:
@@ -187,6 +192,7 @@ def _study(
     quick: bool,
     seeds: int | None,
     cases: str | None,
+    budgets: str | None,
     data: Path | None,
     json_file: Path | None,
     plot_folder: Path | None,
@@ -205,6 +211,7 @@ def _study(
         studies.check_seeds(seeds)
         wanted = studies.chosen_cases(chosen, cases.split(",") if cases is not None else None)
         effort = "quick" if quick else "full"
+        chosen = studies.at_budgets(chosen, effort, budgets)
         settings = studies.loaded(chosen, effort, data)
         if json_file is not None:
             files.check_file("--json", json_file)
