@@ -97,6 +97,20 @@ def test_softmax_gradient():
         assert_near(parameter.grad, leaf.grad)
 
 
+@pytest.mark.parametrize("variant", ["vq", "sx"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_search_finds_the_best_scores(variant, parts):
+    """Codes chosen without storing scores are those of the highest scores, also where some are not finite."""
+    table = ProductQuantizedEmbedding(300, 6, 21, parts, variant=variant)
+    for parameter in table.parameters():
+        torch.nn.init.normal_(parameter)
+    ids = torch.arange(300)
+    for entry in (0.5, float("nan"), float("inf")):
+        table.weight.data[7, 2] = entry
+        scores = table._responses(table._pieces(table.weight), ids)
+        assert torch.equal(table.choose(ids), scores.argmax(-1))
+
+
 def test_two_classes():
     """Rare ids choose among the first codewords alone, and their codes take fewer bits."""
     table = ProductQuantizedEmbedding(100, 8, 64, 4, frequent=10, rare_codes=4)

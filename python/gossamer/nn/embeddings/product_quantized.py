@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import torch
 
+from gossamer import _backend
 from gossamer._checks import check_index, check_number, check_positive, check_seed
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.residual_quantizer import kmeans
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.ops.embedding import graft, with_loss
+from gossamer.ops.product_key_topk import product_key_search
 from gossamer.optim import Optimizer
 
 VARIANTS = ("vq", "sx")
@@ -141,11 +143,50 @@ class ProductQuantizedEmbedding(FusedTable):
         """The codes ``(L, P)`` of the codewords with the best scores, for a part of the ids at a time to bound
         memory.
         """
+        if self.frequent is None and self._searches(pieces):
+            try:
+                return self._searched(pieces)
+            except ValueError:
+                pass  # a score is not finite
         size = max(1, _RESPONSES // (self.num_parts * self.num_codes))
         if torch.compiler.is_compiling() or len(ids) <= size:
             return self._responses(pieces, ids).argmax(-1)
         parts = zip(pieces.split(size), ids.split(size), strict=True)
         return torch.cat([self._responses(some, of).argmax(-1) for some, of in parts])
+
+    @staticmethod
+    def _searches(pieces: torch.Tensor) -> bool:
+        """Whether a native kernel searches for the best codewords of these pieces."""
+        if torch.compiler.is_compiling() or pieces.dtype != torch.float32 or not len(pieces):
+            return False
+        return _backend.resolve("product_key_topk", pieces) == "native" and not pieces.is_meta
+
+    def _searched(self, pieces: torch.Tensor) -> torch.Tensor:
+        """The same by a search for the best of each pair of parts, which stores no scores."""
+        count, parts, width = pieces.shape
+        keys = self.keys
+        if self.variant == "vq":
+            # ⟨q, V⟩ − ‖V‖²/2, as products of one more column.
+            keys = torch.cat([self.codewords, self.codewords.square().sum(-1, keepdim=True) / -2], -1)
+            pieces = torch.nn.functional.pad(pieces, (0, 1), value=1.0)
+            width += 1
+        if parts % 2:
+            pieces, keys = torch.cat([pieces, pieces[:, -1:]], 1), torch.cat([keys, keys[-1:]])
+        pairs = (parts + 1) // 2
+        found = product_key_search(
+            pieces.reshape(count * pairs, 2 * width), keys.view(pairs, 2, self.num_codes, width), 1
+        )
+        codes = torch.cat([found // self.num_codes, found % self.num_codes], 1)
+        return codes.view(count, 2 * pairs)[:, :parts]
+
+    def _mixture(self, pieces: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """``Σ_k softmax_k(score)·V_k`` of each piece, ``(L, P, D/P)``."""
+        if self.frequent is None and pieces.is_cpu and len(ids):
+            # Attention of the pieces to the keys, whose scores are not stored.
+            sides = (side.unsqueeze(0) for side in (pieces.transpose(0, 1), self.keys, self.codewords))
+            found = torch.nn.functional.scaled_dot_product_attention(*sides, scale=1.0)
+            return found.squeeze(0).transpose(0, 1)
+        return torch.einsum("lpk,pkd->lpd", self._responses(pieces, ids).softmax(-1), self.codewords)
 
     def _words(self, codes: torch.Tensor) -> torch.Tensor:
         """The codewords ``(L, P, D/P)`` of ``codes (L, P)``."""
@@ -173,19 +214,18 @@ class ProductQuantizedEmbedding(FusedTable):
             return self.served.lookup(ids)
         flat = ids.reshape(-1)
         pieces = self._pieces(self.rows("weight", flat))
+        with torch.no_grad():
+            codes = self._best(pieces, flat)
+        words = self._words(codes)
         if self.variant == "vq":
-            with torch.no_grad():
-                codes = self._best(pieces, flat)
-            words = self._words(codes)
             out = graft(words.detach(), pieces)
             if self.regularization and torch.is_grad_enabled() and words.requires_grad and flat.numel():
                 distance = (words - pieces.detach()).square().sum(-1).mean()
                 out = with_loss(out, self.regularization * distance)
+        elif torch.is_grad_enabled():
+            out = graft(words.detach(), self._mixture(pieces, flat))
         else:
-            responses = self._responses(pieces, flat)
-            codes = responses.detach().argmax(-1)
-            mixture = torch.einsum("lpk,pkd->lpd", responses.softmax(-1), self.codewords)
-            out = graft(self._words(codes).detach(), mixture)
+            out = words
         return out.reshape(*ids.shape, self.embedding_dim)
 
     def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
