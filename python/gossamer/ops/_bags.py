@@ -126,9 +126,10 @@ class Bags(NamedTuple):
 
     def numbers(self) -> torch.Tensor:
         """The bag of each flat position of ``index``; the number of bags for positions outside all of them."""
-        positions = torch.arange(self.index.numel(), device=self.index.device)
         if self.offsets is None:
-            return positions // max(self.index.shape[1], 1)
+            count, length = self.index.shape
+            return torch.arange(count, device=self.index.device).unsqueeze(1).expand(count, length).reshape(-1)
+        positions = torch.arange(self.index.numel(), device=self.index.device)
         bag = torch.searchsorted(self.offsets.contiguous(), positions, right=True) - 1
         # Positions before the first bag get -1 here, positions after the last bag get B.
         return bag % self.offsets.numel()
