@@ -71,6 +71,16 @@ def test_budgets_reached_and_missed():
         STUDY.run("hash", 0, dataclasses.replace(few, budgets=(0.0001, 0.5)), lambda share, note: None)
 
 
+def test_the_same_result_twice():
+    """All that does not measure time is a function of the seed."""
+    few = dataclasses.replace(SMALL, steps=4)
+    first, again, other = (STUDY.run("hash", seed, few, lambda share, note: None).points for seed in (0, 0, 1))
+    for budget, numbers in first.items():
+        for metric in ("loss", "auc", "served", "training", "share"):
+            assert numbers[metric] == again[budget][metric]
+        assert numbers["loss"] != other[budget]["loss"]
+
+
 def test_chosen_budgets():
     """``--budgets`` replaces the budgets of one effort, and nothing else."""
     chosen = at_budgets(STUDY, "quick", "0.5,0.02")
