@@ -140,9 +140,15 @@ def _differentiate(ctx, args: GatherMatmul, tensors, dout: torch.Tensor):
         found = _sum_by_row(by[0], paired, dout, turned, n, factor, wide, shape[0], backend)
         gradients["left"] = found.to(args.left.dtype)
     if "right" in ctx.needs:
-        paired = torch.stack([left, numbers.to(rows.dtype)], 1)
-        turned, shape = _transposed(args.left.to(wide), m), args.right.shape
-        found = _sum_by_row(by[1], paired, turned, dout, m, factor, wide, shape[0], backend)
+        bag, values, shape = numbers.to(rows.dtype), args.left.to(wide), args.right.shape
+        # leftᵀ·dout, or the transpose of doutᵀ·left: the smaller tensor is transposed.
+        if values.numel() <= dout.numel():
+            operands = torch.stack([left, bag], 1), _transposed(values, m), dout
+        else:
+            operands = torch.stack([bag, left], 1), _transposed(dout, m), values
+        found = _sum_by_row(by[1], *operands, m, factor, wide, shape[0], backend)
+        if values.numel() > dout.numel():
+            found = _transposed(found, n)
         gradients["right"] = found.to(args.right.dtype)
     if "bags.weights" in ctx.needs:
         bag = numbers.clamp(max=bags.num_bags - 1)
