@@ -700,6 +700,24 @@ void factor_gradients(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, 
   }
 }
 
+// The row of each part at the positions [begin, end), which bags do not matter to.
+template <class S, class Row>
+void list_rows(PartRows<S>& rows, int64_t begin, int64_t end, Row* to) {
+  const int64_t parts = rows.num_parts();
+  for (int64_t p = begin; p < end;) {
+    const int64_t until = rows.reach(p, end);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t* row = rows.rows(part, p);
+      if (parts == 1) {
+        for (int64_t i = 0; i < until - p; ++i) to[p + i] = static_cast<Row>(row[i]);
+      } else {
+        for (int64_t i = 0; i < until - p; ++i) to[(p + i) * parts + part] = static_cast<Row>(row[i]);
+      }
+    }
+    p = until;
+  }
+}
+
 template <class T>
 void gradient_of_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
@@ -709,6 +727,11 @@ void gradient_of_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag)
   const Parts& parts = a.parts;
   PartRows<S> rows(a, bags.begin(first_bag), bags.end(last_bag - 1));
   const int64_t num_parts = parts.maps.count;
+  if (g.rows && !g.elements && !g.part_gradients && !g.weight_gradients) {
+    const int64_t begin = bags.begin(first_bag), end = bags.end(last_bag - 1);
+    return g.wide_rows ? list_rows(rows, begin, end, static_cast<int64_t*>(g.rows))
+                       : list_rows(rows, begin, end, static_cast<int32_t*>(g.rows));
+  }
   std::vector<S> sums(a.dim);
   const auto write_rows = [&](int64_t p, auto* to) {
     if (!g.elements) {
