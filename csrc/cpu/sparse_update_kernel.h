@@ -281,28 +281,86 @@ class AdagradRows {
   S grads_[kRows][kVectors * kLanes<S>];
 };
 
-// The steps whose rule is one pass over the row, on rows of exactly kVectors vectors with plain addends: the gradient
-// stays in registers.
-template <int kVectors, class T, class G, class Word>
-void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end) {
+// Rows of up to so many vectors are summed without branches.
+constexpr int kSlotVectors = 2;
+
+// Sums plain addends of rows of kVectors vectors and calls step(row, gradient) for each. Runs of a row have random lengths, of which
+// most are short, so a branch where a run ends would often be mispredicted. There is none: after each entry the sum so far is
+// stored in the slot of its run, and the next entry adds to it or to zero.
+template <int kVectors, class T, class G, class Word, class P, class F>
+GOSSAMER_INLINE void sum_in_slots(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, P&& prefetch,
+                                  F&& step) {
+  using S = Accumulator<T>;
+  constexpr int64_t kColumns = kVectors * kLanes<S>, kSlots = 128 / kVectors;
+  constexpr int kDoutBytes = kColumns * sizeof(G);
+  const auto* entries = static_cast<const Entry<Word>*>(ids.entries);
+  const auto* dout = static_cast<const G*>(a.dout.base);
+  const int64_t stride = a.dout.row_stride;
+  // The run of the last slot may go on; it is then the first of the next slots.
+  S sums[kSlots + 1][kColumns];
+  Word rows[kSlots + 1];
+  const auto step_slots = [&](int64_t count) __attribute__((always_inline)) {
+    for (int64_t slot = 0; slot < count; ++slot) {
+      Vec<S> grad[kVectors];
+      for (int v = 0; v < kVectors; ++v) grad[v] = load(sums[slot] + v * kLanes<S>);
+      step(static_cast<int64_t>(rows[slot]), grad);
+    }
+  };
+  // Whole runs, none of them long.
+  const auto sum_runs = [&](int64_t first, int64_t last) __attribute__((always_inline)) {
+    for (int64_t ahead = first; ahead < std::min(last, first + kRowAhead); ++ahead) prefetch(ahead);
+    Vec<S> sum[kVectors] = {};
+    int64_t slot = 0;
+    rows[0] = entries[first].row;
+    for (int64_t i = first; i < last;) {
+      for (const int64_t stop = std::min(last, i + kSlots); i < stop; ++i) {
+        prefetch(std::min(i + kRowAhead, last - 1));
+        prefetch_lines<kDoutBytes>(dout + entries[std::min(i + kDoutAhead, last - 1)].source * stride, kDoutBytes);
+        const Word row = entries[i].row;
+        const bool same = row == rows[slot];
+        slot += !same;
+        rows[slot] = row;
+        const Mask<S> kept = splat_bits<S>(-int64_t{same});
+        const G* from = dout + entries[i].source * stride;
+        for (int v = 0; v < kVectors; ++v) {
+          sum[v] = (Vec<S>)((Mask<S>)sum[v] & kept) + load(from + v * kLanes<S>);
+          store(sums[slot] + v * kLanes<S>, sum[v]);
+        }
+      }
+      step_slots(slot);
+      rows[0] = rows[slot];
+      for (int v = 0; v < kVectors; ++v) store(sums[0] + v * kLanes<S>, sum[v]);
+      slot = 0;
+    }
+    step_slots(1);
+  };
+  while (begin > 0 && begin < end && entries[begin].row == entries[begin - 1].row) ++begin;
+  while (begin < end && end < ids.count && entries[end].row == entries[end - 1].row) ++end;
+  const LongRun* const runs_end = ids.long_runs + ids.num_long_runs;
+  const LongRun* run =
+      std::lower_bound(ids.long_runs, runs_end, begin, [](const LongRun& found, int64_t place) { return found.begin < place; });
+  while (begin < end) {
+    const int64_t last = run < runs_end ? std::min(run->begin, end) : end;
+    if (begin < last) sum_runs(begin, last);
+    begin = last;
+    if (begin < end) {
+      sum_partials(a, ids, begin, kColumns, sums[0]);
+      rows[0] = entries[begin].row;
+      step_slots(1);
+      begin = run++->end;
+    }
+  }
+}
+
+// The same for wider rows, whose sums stay in registers until their run ends.
+template <int kVectors, class T, class G, class Word, class P, class F>
+GOSSAMER_INLINE void sum_in_registers(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, P&& prefetch,
+                                      F&& step) {
   using S = Accumulator<T>;
   const auto* entries = static_cast<const Entry<Word>*>(ids.entries);
   const auto* dout = static_cast<const G*>(a.dout.base);
   const int64_t stride = a.dout.row_stride;
-  const bool adagrad = a.rule.algorithm == Algorithm::kRowwiseAdagrad;
-  const S lr = static_cast<S>(a.rule.lr);
-  const S keep = a.rule.decay == Decay::kWeights ? static_cast<S>(1 - a.rule.lr * a.rule.weight_decay) : S{1};
-  constexpr int kDoutBytes = kVectors * kLanes<S> * sizeof(G), kRowBytes = kVectors * kLanes<S> * sizeof(T);
-  AdagradRows<kVectors, T> adagrad_rows(a, keep);
-  const T* const table = static_cast<const T*>(a.table.base);
-  const S* const state = static_cast<const S*>(a.state1.base);
-  const int64_t table_stride = a.table.row_stride, state_stride = a.state1.row_stride;
-  const auto prefetch = [=, scales = a.scales](int64_t entry) __attribute__((always_inline)) {
-    const int64_t row = entries[entry].row;
-    prefetch_lines<kRowBytes, Fetch::kReadLater>(table + row * table_stride, kRowBytes);
-    if constexpr (kIsCode<T>) __builtin_prefetch(&scales[row], 1);
-    if (adagrad) prefetch_lines<1, Fetch::kReadLater>(state + row * state_stride, 1);
-  };
+  constexpr int kDoutBytes = kVectors * kLanes<S> * sizeof(G);
   each_run<Word>(ids, begin, end, prefetch, [&](int64_t i, int64_t stop) __attribute__((always_inline)) {
     Vec<S> grad[kVectors] = {};
     if (stop - i > kPiece) {
@@ -318,10 +376,38 @@ void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin,
         for (int v = 0; v < kVectors; ++v) grad[v] += load(from + v * kLanes<S>);
       }
     }
-    const int64_t row = entries[i].row;
+    step(static_cast<int64_t>(entries[i].row), grad);
+  });
+}
+
+// The steps whose rule is one pass over the row, on rows of exactly kVectors vectors with plain addends.
+template <int kVectors, class T, class G, class Word>
+void update_short_rows(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end) {
+  using S = Accumulator<T>;
+  const bool adagrad = a.rule.algorithm == Algorithm::kRowwiseAdagrad;
+  const S lr = static_cast<S>(a.rule.lr);
+  const S keep = a.rule.decay == Decay::kWeights ? static_cast<S>(1 - a.rule.lr * a.rule.weight_decay) : S{1};
+  AdagradRows<kVectors, T> adagrad_rows(a, keep);
+  const auto step = [&](int64_t row, const Vec<S>(&grad)[kVectors]) __attribute__((always_inline)) {
     if (adagrad) return adagrad_rows.add(row, grad);
     descend<kVectors, T>(a, row, keep, lr, [&](int v) __attribute__((always_inline)) { return grad[v]; });
-  });
+  };
+  constexpr int kRowBytes = kVectors * kLanes<S> * sizeof(T);
+  const auto* entries = static_cast<const Entry<Word>*>(ids.entries);
+  const T* const table = static_cast<const T*>(a.table.base);
+  const S* const state = static_cast<const S*>(a.state1.base);
+  const int64_t table_stride = a.table.row_stride, state_stride = a.state1.row_stride;
+  const auto prefetch = [=, scales = a.scales](int64_t entry) __attribute__((always_inline)) {
+    const int64_t row = entries[entry].row;
+    prefetch_lines<kRowBytes, Fetch::kReadLater>(table + row * table_stride, kRowBytes);
+    if constexpr (kIsCode<T>) __builtin_prefetch(&scales[row], 1);
+    if (adagrad) prefetch_lines<1, Fetch::kReadLater>(state + row * state_stride, 1);
+  };
+  if constexpr (kVectors <= kSlotVectors) {
+    sum_in_slots<kVectors, T, G, Word>(a, ids, begin, end, prefetch, step);
+  } else {
+    sum_in_registers<kVectors, T, G, Word>(a, ids, begin, end, prefetch, step);
+  }
   if (adagrad) adagrad_rows.step();
 }
 
