@@ -102,14 +102,17 @@ KINDS = {
     "separate latents": (8, lambda **f: LatentExperts(8, H, 8, 4, group_size=2, separate_latents=True, **f)),
     "basis": (5, lambda **f: BasisExperts(5, H, 8, 3, **f)),
     "int8": (5, lambda **f: quantised(Experts(5, H, 32, **f).requires_grad_(False), "int8")),
+    "fp8": (5, lambda **f: quantised(Experts(5, H, 32, bias=True, **f).requires_grad_(False), "fp8")),
     "lora on int8": (5, lambda **f: trained(quantised(LoRAExperts(5, H, 32, 2, **f), "int8"))),
 }
+# Quantised weights multiply rows of at most float32.
+NARROW = ("int8", "fp8", "lora on int8")
 
 
 def layer_of(kind, dtype=torch.float64):
     torch.manual_seed(0)
     num_experts, make = KINDS[kind]
-    return num_experts, make(dtype=torch.float32 if "int8" in kind else dtype)
+    return num_experts, make(dtype=torch.float32 if kind in NARROW else dtype)
 
 
 def loss_of(y, rank):
@@ -137,7 +140,7 @@ def compare(kind, divide, at):
     num_experts, whole = layer_of(kind)
     layer = divide(copy.deepcopy(whole))
     top_k = min(3, num_experts)
-    dtype = torch.float32 if "int8" in kind else torch.float64
+    dtype = torch.float32 if kind in NARROW else torch.float64
     for rank in range(WORLD):
         x, ids, weights = inputs(rank, num_experts, top_k, dtype)
         leaves = x.requires_grad_(), weights.requires_grad_()
@@ -188,7 +191,7 @@ def every_kind_gives_what_one_process_gives():
         pairs = {(t, i // share) for t, row in enumerate(ids.tolist()) for i in row if i < e}
         away = sum(rank != RANK for _, rank in pairs)
         slots = min(ids.shape[1], share)
-        size = 4 if "int8" in kind else 8
+        size = 4 if kind in NARROW else 8
         # Latents travel if all experts share them.
         there, back = {"latent": (4, 4), "latent, wide output": (4, H)}.get(kind, (H, H))
         flow = traffic.flows["expert tokens"]
