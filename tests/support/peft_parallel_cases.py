@@ -15,6 +15,7 @@ from contracts import assert_near
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import all_ranks_raise
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
@@ -22,6 +23,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwe
 
 import gossamer
 from gossamer.integrations.peft import mixed_adapters
+from gossamer.parallel import clip_grad_norm_
 
 FOLDER = Path(sys.argv[1])
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -113,10 +115,11 @@ def factors(model):
     return {name: value for name, value in model.state_dict().items() if "lora_" in name}
 
 
-def train(model, steps, data):
+def train(model, steps, data, clip):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for step in range(steps):
         torch.stack([model(tokens, labels=tokens).loss for tokens in data(step)]).mean().backward()
+        clip(model.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -154,8 +157,8 @@ def ten_steps_give_the_same_parameters():
     one, model = adapted(base(), **options), adapted(divided("fsdp"), **options)
     gossamer.replace(model)
     before = {name: value.clone() for name, value in factors(model).items()}
-    train(one, 10, lambda step: batches("fsdp", step))
-    train(DistributedDataParallel(model), 10, lambda step: [mine("fsdp", step)])
+    train(one, 10, lambda step: batches("fsdp", step), nn.utils.clip_grad_norm_)
+    train(DistributedDataParallel(model), 10, lambda step: [mine("fsdp", step)], clip_grad_norm_)
     right, found = factors(one), factors(model)
     assert list(found) == list(right) and any("q_proj" in name for name in right)
     for name, value in found.items():
