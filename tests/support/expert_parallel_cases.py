@@ -584,6 +584,7 @@ def bad_input_is_refused_on_every_rank():
     all_ranks_raise(ValueError, "must hold experts that shard_experts divided", lambda: gather_experts(layer))
     shard_experts(layer, m)
     all_ranks_raise(ValueError, "not divided yet", lambda: shard_experts(layer, m))
+    all_ranks_raise(ValueError, "quantise it before it is divided", lambda: quantised(layer, "int8"))
     x, ids, weights = inputs(0, 5, 2, torch.float32)
     wrong = x if RANK else x[:, 1:]
     all_ranks_raise(ValueError, "rank 0: x must have shape", lambda: layer(wrong, ids, weights))
