@@ -6,6 +6,7 @@
 //   y[n] = Σ over groups, in order, of (s · scale[n]) · Σ over the group's columns of q[c] · w[n][c]
 #pragma once
 
+#include "cpu/dot_bytes.h"
 #include "cpu/memory.h"
 #include "cpu/quantized_gather_kernel.h"
 
@@ -29,26 +30,6 @@ template <WeightFormat Format>
 constexpr int kWordsInWord = Format == WeightFormat::kInt8 ? 1 : 2;
 // Words of raised bytes of 32 columns. Of four bits the even columns of them come first, four words, and then the odd ones.
 constexpr int kWordsTogether = 8;
-
-// Sums over the four bytes of each lane, those of a without sign.
-GOSSAMER_INLINE SignedInts dot_bytes(UInts a, UInts b, SignedInts sum) {
-#if GOSSAMER_VNNI
-  return (SignedInts)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif GOSSAMER_F16C && GOSSAMER_VECTOR_BYTES == 64
-  const __m512i even = _mm512_madd_epi16((__m512i)(a & 0x00ff00ffu), _mm512_srai_epi16(_mm512_slli_epi16((__m512i)b, 8), 8));
-  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16((__m512i)a, 8), _mm512_srai_epi16((__m512i)b, 8));
-  return sum + (SignedInts)_mm512_add_epi32(even, odd);
-#elif GOSSAMER_F16C
-  const __m256i even = _mm256_madd_epi16((__m256i)(a & 0x00ff00ffu), _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), _mm256_srai_epi16((__m256i)b, 8));
-  return sum + (SignedInts)_mm256_add_epi32(even, odd);
-#else
-  for (int shift = 0; shift < 32; shift += 8) {
-    sum += (SignedInts)(a >> shift & 255u) * ((SignedInts)(b << (24 - shift)) >> 24);
-  }
-  return sum;
-#endif
-}
 
 // The raised bytes of the codes in the low halves of the bytes.
 template <WeightFormat Format>
@@ -91,14 +72,6 @@ struct Int8Rows {
   int64_t few;            // columns of `words` if it has no blocks, else 0
   int64_t stride;         // of scales and starts
 };
-
-// Whole numbers nearest to v, of magnitudes up to 2^22, halves to even.
-GOSSAMER_INLINE SignedInts nearest_codes(Vec<float> v) {
-  const Vec<float> largest = splat(127.0f);
-  v = v > largest ? largest : v;
-  v = v < -largest ? -largest : v;
-  return (SignedInts)(v + 0x1.8p23f) - 0x4b400000;
-}
 
 // Values at depth k of a panel's columns.
 GOSSAMER_INLINE Vec<float> term_at(const float* at, int) { return load(at); }

@@ -1,6 +1,7 @@
 // Decoding quantised weights in one instruction set.
 #pragma once
 
+#include "cpu/dot_bytes.h"
 #include "cpu/quantized_weight.h"
 #include "cpu/tile_gemm.h"
 
@@ -8,7 +9,6 @@ namespace gossamer::GOSSAMER_ISA {
 namespace {
 
 constexpr int kCodes = kLanes<float>;
-typedef int32_t SignedInts __attribute__((vector_size(GOSSAMER_VECTOR_BYTES)));
 
 // The next kCodes bytes, one per lane. Compilers split vectors that are not longer than one of their registers into scalars.
 GOSSAMER_INLINE UInts unsigned_bytes(const uint8_t* from) {
