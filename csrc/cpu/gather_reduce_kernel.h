@@ -654,6 +654,30 @@ void max_bags(const GatherMaxArgs& a, int64_t first_bag, int64_t last_bag) {
   }
 }
 
+// Σ row[i] · other[i], summed in an order that depends on dim alone.
+template <class T, class G>
+GOSSAMER_INLINE Accumulator<T> row_dot(const T* row, const G* other, int64_t dim) {
+  using S = Accumulator<T>;
+  constexpr int n = kLanes<S>;
+  Vec<S> sum[4] = {};
+  int64_t column = 0;
+  const auto add = [&](auto vectors) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
+    for (; column + kVectors * n <= dim; column += kVectors * n) {
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(row + column + v * n) * load(other + column + v * n);
+    }
+  };
+  add(std::integral_constant<int, 4>{});
+  sum[0] += sum[2];
+  sum[1] += sum[3];
+  add(std::integral_constant<int, 2>{});
+  for (; column < dim; column += n) {
+    const int some = static_cast<int>(std::min<int64_t>(n, dim - column));
+    sum[0] += load_first(row + column, some) * load_first(other + column, some);
+  }
+  return sum_lanes<S>(sum[0] + sum[1]);
+}
+
 template <class T, class Index, class G>
 void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
@@ -672,18 +696,7 @@ void dot_bags(const GatherDotArgs& a, int64_t first_bag, int64_t last_bag) {
         const int64_t id = live[p];
         S dot = 0;
         if (id >= 0) {
-          const T* row = from.rows + id * from.stride;
-          Vec<S> sum[2] = {};
-          int64_t column = 0;
-          for (; column + 2 * kLanes<S> <= dim; column += 2 * kLanes<S>) {
-            sum[0] += load(row + column) * load(dout + column);
-            sum[1] += load(row + column + kLanes<S>) * load(dout + column + kLanes<S>);
-          }
-          for (; column < dim; column += kLanes<S>) {
-            const int some = static_cast<int>(dim - column < kLanes<S> ? dim - column : kLanes<S>);
-            sum[0] += load_first(row + column, some) * load_first(dout + column, some);
-          }
-          dot = sum_lanes<S>(sum[0] + sum[1]) / divisor;
+          dot = row_dot(from.rows + id * from.stride, dout, dim) / divisor;
           if constexpr (kIsCode<T>) dot *= a.scales[id];
         }
         from_scalar(dot, out[p]);
