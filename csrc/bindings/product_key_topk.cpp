@@ -61,7 +61,7 @@ void register_product_key_topk(py::module_& m) {
   m.def(
       "product_key_search",
       [](uintptr_t queries, int64_t row_stride, int64_t rows, uintptr_t keys, int64_t groups, int64_t side, int64_t half,
-         int64_t top_k, uintptr_t ids, int num_threads) {
+         int64_t top_k, uintptr_t ids, uintptr_t scores, int num_threads) {
         bool bad = false;
         const ProductKeySearchArgs args{.queries = pointer<const float>(queries),
                                         .row_stride = row_stride,
@@ -72,14 +72,15 @@ void register_product_key_topk(py::module_& m) {
                                         .half = half,
                                         .top_k = checked_pairs(top_k),
                                         .ids = pointer<int64_t>(ids),
+                                        .scores = pointer<float>(scores),
                                         .bad = &bad};
         py::gil_scoped_release release;
         product_key_search(args, num_threads);
         return !bad;
       },
-      "The pairs of sub-keys with the highest scores of each query; returns whether all scores are numbers or -inf.",
+      "The pairs of sub-keys with the highest scores of each query, and these scores; returns whether all scores are numbers or -inf.",
       py::kw_only(), py::arg("queries"), py::arg("row_stride"), py::arg("rows"), py::arg("keys"), py::arg("groups"),
-      py::arg("side"), py::arg("half"), py::arg("top_k"), py::arg("ids"), py::arg("num_threads"));
+      py::arg("side"), py::arg("half"), py::arg("top_k"), py::arg("ids"), py::arg("scores"), py::arg("num_threads"));
 }
 
 }  // namespace gossamer::bindings

@@ -29,8 +29,9 @@ struct ProductKeySearchArgs {
   int64_t row_stride, rows;
   const float* keys;  // (groups, 2, side, half), contiguous
   int64_t groups, side, half, top_k;
-  int64_t* ids;  // (R, K), a · side + b
-  bool* bad;     // as above
+  int64_t* ids;   // (R, K), a · side + b
+  float* scores;  // (R, K), in the bits of two gather_dot
+  bool* bad;      // as above
 };
 
 void product_key_topk(const ProductKeyTopkArgs& args, int num_threads);

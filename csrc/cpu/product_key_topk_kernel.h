@@ -1,8 +1,8 @@
-// Retrieval by product keys of one instruction set.
+// The highest sums of two lists of scores, of one instruction set.
 #pragma once
 
+#include "cpu/gather_reduce_kernel.h"
 #include "cpu/product_key_topk.h"
-#include "cpu/tile_gemm.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {
@@ -131,21 +131,26 @@ inline void rank_pairs(const Ranking& first, const Ranking& second, Ranking& pai
   }
 }
 
-// The K highest pairs of one row of each list, `values` is null if they are not wanted. If a score is NaN or +inf, nothing is
-// ranked and false is returned.
+// The K highest pairs of two ranked lists: their sums, if wanted, and ids.
+inline void choose_pairs(const Ranking& first, const Ranking& second, int64_t size2, float* values, int64_t* ids) {
+  Ranking pairs(first.size);
+  rank_pairs(first, second, pairs);
+  for (int64_t k = 0; k < pairs.size; ++k) {
+    const int32_t pair = pairs.index[k];
+    ids[k] = int64_t{first.index[pair / kMostPairs]} * size2 + second.index[pair % kMostPairs];
+  }
+  if (values) std::copy_n(pairs.value, pairs.size, values);
+}
+
+// The K highest pairs of one row of each list. If a score is NaN or +inf, nothing is ranked and false is returned.
 inline bool search_pairs(const float* scores1, int64_t size1, const float* scores2, int64_t size2, int64_t top_k, float* values,
                          int64_t* ids) {
-  Ranking first(top_k), second(top_k), pairs(top_k);
+  Ranking first(top_k), second(top_k);
   if (!rank_scores(scores1, size1, first) || !rank_scores(scores2, size2, second)) {
     std::fill_n(ids, top_k, int64_t{0});
     return false;
   }
-  rank_pairs(first, second, pairs);
-  for (int64_t k = 0; k < top_k; ++k) {
-    const int32_t pair = pairs.index[k];
-    ids[k] = int64_t{first.index[pair / kMostPairs]} * size2 + second.index[pair % kMostPairs];
-  }
-  if (values) std::copy_n(pairs.value, top_k, values);
+  choose_pairs(first, second, size2, values, ids);
   return true;
 }
 
@@ -170,36 +175,12 @@ void product_key_topk_backward(const ProductKeyTopkBackwardArgs& a, int64_t begi
   }
 }
 
-// The queries of tokens [begin, end): scores of kGroup queries at a time stay in the second-level cache until they are ranked.
-void product_key_search(const ProductKeySearchArgs& a, int64_t begin, int64_t end) {
-  constexpr int n = kLanes<float>;
-  const int64_t stride = (a.side + n - 1) / n * n, queries = a.rows / a.groups;
-  const auto uninitialised = [](int64_t values) { return std::unique_ptr<float[]>(new float[values]); };
-  const auto packed = uninitialised(2 * stride * a.half), scores = uninitialised(2 * kGroup * stride);
-  const auto pack = uninitialised(kPackSize<float>);
-  std::vector<const float*> rows(a.side);
-  for (int64_t group = 0; group < a.groups; ++group) {
-    Panel<float> panels[2];
-    for (int64_t list = 0; list < 2; ++list) {
-      const float* keys = a.keys + (group * 2 + list) * a.side * a.half;
-      for (int64_t i = 0; i < a.side; ++i) rows[i] = keys + i * a.half;
-      panels[list] = {packed.get() + list * stride * a.half, a.half, a.side};
-      pack_as_columns(panels[list], rows.data(), 0, a.half);
-    }
-    for (int64_t at = begin; at < end; at += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, end - at);
-      for (int64_t list = 0; list < 2; ++list) {
-        const Weight<float> left{a.queries + group * a.row_stride + list * a.half, a.groups * a.row_stride, 1, queries, a.half};
-        group_product(left, at, count, panels[list], scores.get() + list * kGroup * stride, stride, pack.get());
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        const float* row = scores.get() + i * stride;
-        int64_t* ids = a.ids + ((at + i) * a.groups + group) * a.top_k;
-        if (!search_pairs(row, a.side, row + kGroup * stride, a.side, a.top_k, nullptr, ids)) {
-          __atomic_store_n(a.bad, true, __ATOMIC_RELAXED);
-        }
-      }
-    }
+// The scores of a query's chosen pairs.
+inline void score_pairs(const ProductKeySearchArgs& a, int64_t row) {
+  const float *query = a.queries + row * a.row_stride, *keys = a.keys + row % a.groups * 2 * a.side * a.half;
+  for (int64_t k = row * a.top_k; k < (row + 1) * a.top_k; ++k) {
+    const int64_t first = a.ids[k] / a.side, second = a.side + a.ids[k] % a.side;
+    a.scores[k] = row_dot(keys + first * a.half, query, a.half) + row_dot(keys + second * a.half, query + a.half, a.half);
   }
 }
 

@@ -235,23 +235,69 @@ def test_search_operator_is_well_formed():
     torch.library.opcheck(torch.ops.gossamer.product_key_search.default, args)
 
 
+def scores_of(queries, keys):
+    """The scores of both halves, rows of group r % G."""
+    groups, _, side, half = keys.shape
+    by_group = queries.view(-1, groups, 2, half)
+    return [torch.einsum("rgd,gnd->rgn", by_group[:, :, i], keys[:, i]).reshape(-1, side) for i in (0, 1)]
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_search_is_the_composition(device, groups):
-    """The ids of queries are those of their scores, which are exact numbers here: small integers."""
+    """Scores and ids of queries are those of product_key_topk, for exact scores: of small integers."""
     generator = torch.Generator().manual_seed(1)
     queries = torch.randint(-8, 9, (42 * groups, 12), generator=generator).float().to(device)
     keys = torch.randint(-8, 9, (groups, 2, 37, 6), generator=generator).float().to(device)
     found = product_key_search(queries, keys, 9)
-    by_group = queries.view(-1, groups, 2, 6)
-    scores = [torch.einsum("rgd,gnd->rgn", by_group[:, :, i], keys[:, i]).flatten(0, 1) for i in (0, 1)]
-    assert_is_brute_force(gossamer.product_key_topk(*scores, 9)[0], found, *scores)
+    assert_is_brute_force(*found, *scores_of(queries, keys))
     with gossamer.backend("reference"):
-        assert torch.equal(product_key_search(queries, keys, 9), found)
-    assert product_key_search(queries[:0], keys, 9).shape == (0, 9)
+        assert all(torch.equal(a, b) for a, b in zip(product_key_search(queries, keys, 9), found, strict=True))
+    assert [part.shape for part in product_key_search(queries[:0], keys, 9)] == [(0, 9), (0, 9)]
     queries[4, 2] = math.nan
     if device == "cpu":
         with pytest.raises(ValueError, match=r"scores1 must hold neither NaN nor .*, got nan at row 4, key 0"):
             product_key_search(queries, keys, 9)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_search_differences(device, groups):
+    """The gradient of the scores in queries and keys, in float64."""
+    queries = randn(4, 6, seed=1, device=device, dtype=torch.float64).requires_grad_()
+    keys = randn(groups, 2, 5, 3, seed=2, device=device, dtype=torch.float64).requires_grad_()
+    torch.autograd.gradcheck(lambda q, k: product_key_search(q, k, 3)[0].sin(), (queries, keys))
+
+
+@pytest.mark.parametrize(("groups", "side", "half", "top_k"), [(1, 300, 37, 16), (2, 70, 64, 4), (1, 515, 6, 1)])
+def test_search_of_many_keys(isa, groups, side, half, top_k):
+    """Exact among keys of any length, many of them equal, and for queries of any size; integers times powers of two."""
+    generator = torch.Generator().manual_seed(side)
+    keys = torch.randint(-8, 9, (groups, 2, side, half), generator=generator).float()
+    keys[:, :, 40:55] = keys[:, :, :1]
+    keys[:, :, ::7] *= 64
+    keys[:, 1, 1::5] /= 1024
+    queries = torch.randint(-8, 9, (22 * groups, 2 * half), generator=generator).float()
+    queries[3], queries[5, :half] = 0, 0
+    queries *= 2.0 ** torch.randint(-9, 10, (22 * groups, 1), generator=generator)
+    queries[6:9] *= torch.tensor([[2.0**-80], [2.0**70], [2.0**-40]])
+    # Groups alternate, so that rows are left out in pairs.
+    for rows, scale in ((queries, 1.0), (queries[10:], 2.0**-70)):
+        values, ids = product_key_search(rows, keys * scale, top_k)
+        expected = gossamer.product_key_topk(*scores_of(rows.double(), keys.double() * scale), top_k)
+        assert torch.equal(ids, expected[1]) and torch.equal(values.double(), expected[0])
+    queries[2, half] = INF
+    with pytest.raises(ValueError, match=r"scores2 must hold neither NaN nor .* at row 2"):
+        product_key_search(queries, keys, top_k)
+
+
+def test_search_has_the_same_bits_with_a_gradient(isa):
+    """Also alone, so that neither other queries nor autograd change a result."""
+    queries, keys = randn(70, 128, seed=3), randn(1, 2, 300, 64, seed=4)
+    found = product_key_search(queries, keys, 16)
+    for other in (
+        product_key_search(queries.clone().requires_grad_(), keys, 16),
+        [torch.cat(parts) for parts in zip(*(product_key_search(row[None], keys, 16) for row in queries), strict=True)],
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True))
 
 
 def test_instruction_sets(isa):
@@ -264,7 +310,7 @@ def test_instruction_sets(isa):
     queries, keys = randn(70, 128, seed=3), randn(1, 2, 200, 64, seed=4)
     scores = [queries[:, 64 * i : 64 * i + 64].double() @ keys[0, i].double().T for i in (0, 1)]
     expected, _ = gossamer.product_key_topk(*scores, 16)
-    ids = product_key_search(queries, keys, 16)
+    _, ids = product_key_search(queries, keys, 16)
     found = scores[0].gather(1, ids // 200) + scores[1].gather(1, ids % 200)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

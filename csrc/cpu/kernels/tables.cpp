@@ -15,7 +15,7 @@
 #include "cpu/gather_reduce_kernel.h"
 #include "cpu/hash_find_kernel.h"
 #include "cpu/map_ids_kernel.h"
-#include "cpu/product_key_topk_kernel.h"
+#include "cpu/product_key_search_kernel.h"
 #include "cpu/sparse_update_kernel.h"
 
 namespace gossamer::GOSSAMER_ISA {

@@ -17,7 +17,8 @@ def product_key_topk(args: ProductKeyTopk) -> tuple[torch.Tensor, torch.Tensor] 
     """``values (R, K)`` float32 and ``ids (R, K)`` int64 from float32 scores; None if a score is NaN or +∞."""
     scores1, scores2 = unit_rows(args.scores1), unit_rows(args.scores2)
     rows = scores1.shape[0]
-    values, ids = (torch.empty(rows, args.top_k, dtype=dtype) for dtype in (torch.float32, torch.int64))
+    values = torch.empty(rows, args.top_k, dtype=torch.float32)
+    ids = torch.empty(rows, args.top_k, dtype=torch.int64)
     sound = _C.product_key_topk(
         scores1=scores1.data_ptr(),
         row_stride1=scores1.stride(0),
@@ -54,21 +55,24 @@ def product_key_topk_backward(args: ProductKeyTopkBackward) -> tuple[torch.Tenso
     return dscores1, dscores2
 
 
-def product_key_search(args: ProductKeySearch) -> torch.Tensor | None:
-    """``ids (R, K)`` int64 from float32 queries and keys; None if a score is NaN or +∞."""
+def product_key_search(args: ProductKeySearch) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """``scores (R, K)`` and ``ids (R, K)`` int64 from float32 queries and keys; None if a score is NaN or +∞."""
     queries, keys = unit_rows(args.queries), args.keys.contiguous()
     groups, _, side, half = keys.shape
-    ids = torch.empty(queries.shape[0], args.top_k, dtype=torch.int64)
+    rows = queries.shape[0]
+    scores = torch.empty(rows, args.top_k, dtype=torch.float32)
+    ids = torch.empty(rows, args.top_k, dtype=torch.int64)
     sound = _C.product_key_search(
         queries=queries.data_ptr(),
         row_stride=queries.stride(0),
-        rows=queries.shape[0],
+        rows=rows,
         keys=keys.data_ptr(),
         groups=groups,
         side=side,
         half=half,
         top_k=args.top_k,
         ids=ids.data_ptr(),
+        scores=scores.data_ptr(),
         num_threads=torch.get_num_threads(),
     )
-    return ids if sound else None
+    return (scores, ids) if sound else None

@@ -12,6 +12,7 @@ import torch
 from gossamer import _backend
 from gossamer._checks import check_positive, check_same_device, check_same_dtype, last_size
 from gossamer.ops._records import define
+from gossamer.ops.gather_dot import gather_dot
 
 # Maximum number of scores per list in a program of the Triton kernel, and of pairs per row in the native kernel.
 MOST_SCORES, MOST_CHOSEN = 4096, 64
@@ -215,18 +216,23 @@ def _scores(args: ProductKeySearch) -> list[torch.Tensor]:
     ]
 
 
-def _search_forward(args: ProductKeySearch, backend: str) -> torch.Tensor:
+def _search_forward(args: ProductKeySearch, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     found = _kernels(backend).product_key_search(args)
     # Find the position of an invalid score for the error message.
-    return product_key_topk(*_scores(args), args.top_k)[1] if found is None else found
+    return product_key_topk(*_scores(args), args.top_k) if found is None else found
 
 
-def _search_fake(args: ProductKeySearch) -> torch.Tensor:
-    return args.queries.new_empty(args.queries.shape[0], args.top_k, dtype=torch.int64)
+def _search_fake(args: ProductKeySearch) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = args.queries.new_empty(args.queries.shape[0], args.top_k)
+    return scores, scores.new_empty(scores.shape, dtype=torch.int64)
 
 
 _product_key_search = define(
-    "product_key_search", ProductKeySearch, kernel=_search_forward, fake=_search_fake, returns="Tensor"
+    "product_key_search",
+    ProductKeySearch,
+    kernel=_search_forward,
+    fake=_search_fake,
+    returns="(Tensor scores, Tensor ids)",
 )
 
 _FITS = {
@@ -295,8 +301,8 @@ def product_key_topk(scores1: torch.Tensor, scores2: torch.Tensor, top_k: int) -
     return values.view(*leading, top_k), ids.view(*leading, top_k)
 
 
-def product_key_search(queries: torch.Tensor, keys: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The ids of :func:`product_key_topk` for scores ``⟨q¹, keys[g,0,a]⟩`` and ``⟨q², keys[g,1,b]⟩``; no gradient.
+def product_key_search(queries: torch.Tensor, keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`product_key_topk` of the scores ``⟨q¹, keys[g,0,a]⟩`` and ``⟨q², keys[g,1,b]⟩``.
 
     Args:
         queries: ``(R, 2d)`` float32 or float64; row r is of group ``g = r % G``, and G divides R.
@@ -304,15 +310,30 @@ def product_key_search(queries: torch.Tensor, keys: torch.Tensor, top_k: int) ->
         top_k: K, at most √N.
 
     Returns:
-        ``(R, K)`` int64.
+        ``scores (R, K)``, differentiable in both, and ``ids (R, K)`` int64. The scores have the same bits whether a
+        gradient is wanted or not.
 
     Raises:
         ValueError: on the CPU, a score is NaN or +∞.
     """
     args = ProductKeySearch(queries.detach(), keys.detach(), top_k)
     backend = _backend.resolve("product_key_topk", queries)
+    wanted = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
     if backend == "native" and queries.dtype == torch.float32 and top_k <= MOST_CHOSEN:
         # Scores stay in the cache until they are ranked; plain products would write and read all of them.
-        return _product_key_search(args, backend)
-    with torch.no_grad():
-        return product_key_topk(*_scores(args), top_k)[1]
+        scores, ids = _product_key_search(args, backend)
+        if not wanted:
+            return scores, ids
+    else:
+        with torch.no_grad():
+            ids = product_key_topk(*_scores(args), top_k)[1]
+    # The scores of the chosen pairs are computed again, so that the gradient has K values per query instead of two rows
+    # of √N.
+    groups, _, side, half = keys.shape
+    places = [ids // side, ids % side]
+    if groups > 1:
+        first = torch.arange(queries.shape[0], device=ids.device).unsqueeze(1) % groups * side
+        places = [first + place for place in places]
+    halves = queries.split(half, 1)
+    first, second = (gather_dot(keys[:, i].reshape(groups * side, half), places[i], halves[i]) for i in (0, 1))
+    return first + second, ids

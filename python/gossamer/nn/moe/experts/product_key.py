@@ -16,7 +16,6 @@ from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.routing import Routing
 from gossamer.ops.activate import activate
 from gossamer.ops.embedding import advise_huge_pages
-from gossamer.ops.gather_dot import gather_dot
 from gossamer.ops.product_key_topk import product_key_search
 from gossamer.optim import Optimizer
 
@@ -148,7 +147,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         tokens = x.reshape(-1, self.hidden_size)
         queries = self._queries(tokens)
         with no_autocast(x.device):
-            ids, logits = self._search(queries.to(torch.promote_types(queries.dtype, torch.float32)))
+            queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+            logits, ids = product_key_search(queries, self.keys.to(queries.dtype), self.top_k)
         return Routing(
             ids.view(tokens.shape[0], self.num_heads * self.top_k),
             logits.softmax(-1).view(tokens.shape[0], self.num_heads * self.top_k),
@@ -165,22 +165,6 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
                 )
             queries = self.query_norm(queries)
         return queries.view(tokens.shape[0] * self.num_heads, self.key_dim)
-
-    def _search(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and scores, ``(T · num_heads, K)`` each, of the highest-scored experts of each query."""
-        keys = self.keys.to(queries.dtype)
-        groups, _, side, half = keys.shape
-        halves = queries.split(half, 1)
-        ids = product_key_search(queries, keys, self.top_k)
-        places = [ids // side, ids % side]
-        if groups > 1:
-            first = torch.arange(queries.shape[0], device=ids.device).unsqueeze(1) % groups * side
-            places = [first + place for place in places]
-        # The scores of the chosen experts are computed again, so that the gradient has K values per query instead of
-        # two rows of √N.
-        first, second = (gather_dot(keys[:, i].reshape(groups * side, half), places[i], halves[i]) for i in (0, 1))
-        logits = first + second
-        return ids, logits
 
     def forward(
         self, x: torch.Tensor, routing: Routing | torch.Tensor | None = None, weights: torch.Tensor | None = None
