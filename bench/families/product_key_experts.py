@@ -120,8 +120,7 @@ def _plain(problem: Problem) -> Step:
         ids, scores = plain_route(layer, problem.x, layer.top_k)
         return plain_layer(problem.x, scores, *(F.embedding(ids, table) for table in tables))
 
-    name = "torch, gather and einsum" + (", Adam" if problem.both else "")
-    return _step(name, DENSE, problem, forward, tables, optimizer)
+    return _step("torch, gather and einsum", DENSE, problem, forward, tables, optimizer)
 
 
 def _step(

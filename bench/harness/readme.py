@@ -31,6 +31,7 @@ DOCUMENTS = (
     "docs/h100-kernels.md",
     "docs/choosing-a-router.md",
     "docs/compressed-embeddings.md",
+    "docs/expert-layers-beyond-mlps.md",
     "docs/linear-attention.md",
     "docs/parallel.md",
     "docs/quantized-experts.md",
