@@ -151,6 +151,7 @@ U8 = torch.zeros(E, N, C // 2, dtype=torch.uint8)
         ((U8, torch.zeros(E, N, 5), "mxfp4"), TypeError, "scale must be torch.uint8 for mxfp4"),
         ((U8, torch.zeros(E, N, 5, dtype=torch.int32), "int4"), TypeError, "scale must be torch.float32"),
         ((U8, torch.zeros(E, N, 2), "int4"), ValueError, "g of 32, 64, 128 for int4, got 2 columns for C=160"),
+        ((U8, torch.zeros(1, E, N, 5), "int4"), ValueError, r"scale must have shape \(E, N, C/g\)"),
         ((U8.view(torch.int8), torch.zeros(E, N, 5), "int4"), TypeError, "data must be torch.uint8 for int4"),
         ((U8.view(torch.int8), torch.zeros(E), "int8"), ValueError, r"scale must have shape \(E, N\)"),
         ((U8[:, :, ::2], torch.zeros(E, N, 1), "int4"), ValueError, "scale must have|must be contiguous"),

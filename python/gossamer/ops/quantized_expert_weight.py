@@ -112,8 +112,8 @@ class QuantizedExpertWeight:
         elif self.format == "fp8_block":
             check_shape("scale", self.scale, (e, _cdiv(n, BLOCK), _cdiv(c, BLOCK)), "(E, ⌈N/128⌉, ⌈C/128⌉)")
         else:
+            check_shape("scale", self.scale, (e, n, None), "(E, N, C/g)")
             self._check_groups(c)
-            check_shape("scale", self.scale, (e, n, c // self.group_size), "(E, N, C/g)")
         for name, tensor in (("data", self.data), ("scale", self.scale)):
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
@@ -121,7 +121,7 @@ class QuantizedExpertWeight:
             raise ValueError(f"scale must be on the device of data, {self.data.device}, got {self.scale.device}")
 
     def _check_groups(self, c: int) -> None:
-        groups = self.scale.shape[-1] if self.scale.dim() else 0
+        groups = self.scale.shape[2]
         sizes = INT4_GROUPS if self.format == "int4" else (MX_GROUP,)
         if groups == 0 and c == 0:
             return
