@@ -120,11 +120,18 @@ struct ExpertMlpBuffers {
   S *preact = nullptr, *act = nullptr, *dy = nullptr, *sum = nullptr;
   S *dweight_parts = nullptr, *dgate_up_partial = nullptr, *ddown_partial = nullptr;
   LowRankMemory<P> up_update, down_update;
+  // Each thread's own copy of a chunk of at most kFewRows rows: packing so few takes less time than bringing over what other threads
+  // have packed.
+  static constexpr int64_t kFewRows = 16;
+  P* x_few = nullptr;
+  int64_t x_few_size = 0;
 
   ExpertMlpBuffers(Arena& arena, const ExpertMlpForwardArgs& a, int num_threads) {
     take_queues(arena, num_threads);
     chunk = chunk_rows(a.hidden, sizeof(P) / kTerms<P>);
     x_c = arena.take<P>(panel_size(packed_depth<P>(a.hidden), chunk));
+    x_few_size = panel_size(packed_depth<P>(a.hidden), kFewRows);
+    x_few = arena.take<P>(num_threads * x_few_size);
     act_c = arena.take<P>(panel_size(packed_depth<P>(a.inner), chunk));
     if (sizeof(S) > element_size(a.dtype)) sum = arena.take<S>(a.tokens * sum_stride(a.output));
     up_update.take(arena, a.gate_up_update.rank, chunk, false);

@@ -159,7 +159,7 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   using P = Operand<T>;
   Arena arena(shared);
   ExpertMlpBuffers<P> buffers(arena, a, num_threads);
-  const auto own = std::make_unique<ExpertMlpThread<T>>();
+  const auto own = std::make_unique_for_overwrite<ExpertMlpThread<T>>();
   P* pack = own->buffers.pack;
   S* c = own->buffers.c;
   const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
@@ -185,18 +185,25 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
 
   for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
-    const Panel<P> x{buffers.x_c, packed_depth<P>(a.hidden), m}, act{buffers.act_c, packed_depth<P>(a.inner), m};
+    const bool few = m <= buffers.kFewRows;
+    const Panel<P> x{few ? buffers.x_few + team.thread * buffers.x_few_size : buffers.x_c, packed_depth<P>(a.hidden), m};
+    const Panel<P> act{buffers.act_c, packed_depth<P>(a.inner), m};
+    const auto gate_up = gate_up_of(chunk.expert);
+    const auto w = down_of(chunk.expert);
+    const int64_t first_inner = team.share(a.inner, kGroup).begin, first_output = team.share(a.output, kGroup).begin;
+    fetch_first_rows(gate_up, gate_row(a, first_inner), m);
+    if (a.activation.gated && !a.activation.interleaved) fetch_first_rows(gate_up, up_row(a, first_inner), m);
     const auto up_low = low_rank_panels(buffers.up_update, a.gate_up_update.rank, m);
     const auto down_low = low_rank_panels(buffers.down_update, a.down_update.rank, m);
     own->rows.read(a, chunk);
-    pack_as_columns(x, own->rows.rows_of(a.x, chunk), packed.begin, packed.end);
+    const auto share = few ? Team::Range{0, a.hidden} : packed;
+    pack_as_columns(x, own->rows.rows_of(a.x, chunk), share.begin, share.end);
     clock.lap(Stage::kPack);
     team.barrier();
     buffers.output.restart(team);
     buffers.down_low.restart(team);
     clock.lap(Stage::kWait);
     low_rows(a.gate_up_update, chunk, a.hidden, x, up_low, buffers.up_low);
-    const auto gate_up = gate_up_of(chunk.expert);
     const auto x_operand = operands.operand(gate_up, x);
     const int64_t wide = a.inner * a.activation.halves();
     const Weight<T> low_gate_up = expert_weight<T>(a.gate_up_update.b, chunk.expert, wide, a.gate_up_update.rank);
@@ -228,12 +235,12 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
           clock.lap(Stage::kActivation);
         },
         quartered<P>(gate_up, m, 2));
+    fetch_first_rows(w, first_output, m);
     team.barrier();
     buffers.inner.restart(team);
     buffers.up_low.restart(team);
     clock.lap(Stage::kWait);
     low_rows(a.down_update, chunk, a.inner, act, down_low, buffers.down_low);
-    const auto w = down_of(chunk.expert);
     const auto act_operand = operands.operand(w, act);
     const Weight<T> low_w = expert_weight<T>(a.down_update.b, chunk.expert, a.output, a.down_update.rank);
     buffers.output.each(

@@ -397,6 +397,16 @@ __attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int6
   few_tokens_product<Tokens, P>(count, w.depth, c, c_stride, accumulate, add);
 }
 
+// Prefetches what a product of few tokens reads first of the weight rows from n on; what follows it prefetches itself.
+template <class T>
+void fetch_first_rows(const Weight<T>& w, int64_t n, int64_t rows) {
+  if (rows > kFewTokens || w.col_stride != 1) return;
+  const int64_t bytes = std::min<int64_t>(w.depth * sizeof(T), 512);
+  for (int64_t i = n; i < std::min<int64_t>(n + kLanes<float>, w.num_rows); ++i) {
+    prefetch_lines<1, Fetch::kReadLater>(w.base + i * w.row_stride, bytes);
+  }
+}
+
 // Calls f with the number of tokens, rounded up to a few sizes, as a constant; lanes past a panel's end are zero.
 template <int Most = kFewTokens, int Tokens = 1, class F>
 GOSSAMER_INLINE void with_few_tokens(int64_t tokens, F&& f) {

@@ -29,6 +29,16 @@ GOSSAMER_INLINE int64_t quartered(const QuantizedMatrix&, int64_t tokens, int64_
   return tokens <= kFewQuantized || kTiled<P> ? 0 : units;
 }
 
+// fetch_first_rows() of gemm.h: two steps of few_tokens_product_of().
+inline void fetch_first_rows(const QuantizedMatrix& w, int64_t n, int64_t rows) {
+  if (rows > kFewQuantized || w.transposed) return;
+  const QuantizedWeights& weights = *w.weights;
+  const int64_t bytes = std::min<int64_t>(weights.row_bytes(), 256);
+  for (int64_t i = n; i < std::min(n + kGroup, weights.rows); ++i) {
+    prefetch_lines<1, Fetch::kReadLater>(w.row(i), bytes);
+  }
+}
+
 // Columns of a tile of weights, whole segments.
 template <class P>
 constexpr int64_t kTileColumns = kDepth * kTerms<P>;
@@ -120,7 +130,7 @@ struct CodeStep {
 // Segments whose sums are made at the same time: a sum is a chain of additions, and few tokens have too few of them to hide their
 // latency.
 template <int Tokens>
-constexpr int kSegmentsTogether = Tokens == 1 ? 2 : 1;
+constexpr int kSegmentsTogether = Tokens <= 2 ? 2 : 1;
 
 // Adds Segments segments of a step, from column `first` on, to total[vector][token].
 template <WeightFormat Format, int Tokens, int Segments>
