@@ -221,6 +221,10 @@ def adapters_are_switched_merged_and_undone():
         near(model(tokens).logits, right, f"{layout}, two at once")
         all_ranks_raise(ValueError, "safe_merge must be False", model.merge_adapter, safe_merge=True)
         all_ranks_raise(ValueError, "adapter_names must be None", mixed, model, tokens)
+        inner = model.base_model.model.model.layers[0].mlp.experts.base_layer
+        hook = inner.register_forward_hook(lambda *_: None)
+        all_ranks_raise(ValueError, "without hooks", model, tokens)
+        hook.remove()
         gossamer.restore(model)
         found = factors(model)
         for name, value in factors(one).items():

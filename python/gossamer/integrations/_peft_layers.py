@@ -484,7 +484,7 @@ class ExpertsMixin(_Tuner):
         """PEFT's forward."""
         names, chain, base = self._names(x, kwargs), self._chain(), self.get_base_layer()
         if (exchange := _exchange(self)) is not None:
-            if names is not None:
+            if names is not None and not self.disable_adapters:
                 raise ValueError("adapter_names must be None for experts that are divided among processes")
             return self._divided(exchange, x, *args, **kwargs)
         usable = not any(w.disable_adapters or w.merged or w.__dict__.get("_gossamer_reason", "new") for w in chain)
@@ -508,8 +508,11 @@ class ExpertsMixin(_Tuner):
     def _divided(self, exchange: GossamerEP, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The update where the experts are: ``exchange`` brings the rows to them."""
         chain, base = self._chain(), self.get_base_layer()
-        if any(hooked(wrapper) for wrapper in chain[1:]):
-            raise ValueError("hooks of a ParamWrapper inside another cannot run for experts divided among processes")
+        if any(hooked(wrapper) or not isinstance(wrapper, ExpertsMixin) for wrapper in chain[1:]):
+            raise ValueError(
+                "a ParamWrapper inside another must be one that gossamer.replace switched, without hooks, for experts "
+                "that are divided among processes"
+            )
         updates = {}
         for wrapper in chain:
             if wrapper.disable_adapters and wrapper.merged:
