@@ -39,7 +39,8 @@ TOKENS = 128
 
 @dataclass(frozen=True)
 class Problem:
-    """The problem that every variant computes. All variants read and step the same two tables.
+    """The problem that every variant computes. All variants read and step the same two tables and their moments; with
+    copies, a million experts would take 6 GB more.
 
     Attributes:
         layer: our layer, with an optimizer if a step is taken.
@@ -66,10 +67,22 @@ class Problem:
         """Both tables, outside autograd."""
         return self.layer.input_weight.detach(), self.layer.output_weight.detach()
 
+    @property
+    def moments(self) -> list[dict[str, torch.Tensor]]:
+        """Adam's state of each table by name, without the count of steps."""
+        layer = self.layer
+        return [
+            {kind: getattr(layer, f"optimizer_{table}_{kind}") for kind in layer.optimizer.state_kinds()}
+            for table in layer.tables
+        ]
+
     def restore(self) -> None:
         """Undo all steps. Only touched rows change: Adam leaves rows alone whose gradients were always zero."""
         for table, rows in zip(self.tables, self.initial, strict=True):
             table[self.touched] = rows
+        for moments in self.moments if self.both else ():
+            for moment in moments.values():
+                moment[self.touched] = 0
 
     def sampled(self) -> torch.Tensor:
         """The rows that safe tokens touch, or some of them if they are many."""
@@ -114,7 +127,11 @@ def _ours(problem: Problem) -> Step:
 def _plain(problem: Problem) -> Step:
     layer = problem.layer
     tables = [torch.nn.Parameter(table, requires_grad=problem.both) for table in problem.tables]
-    optimizer = torch.optim.Adam(tables, LR, eps=EPS, fused=True) if problem.both else None
+    optimizer = None
+    if problem.both:
+        optimizer = torch.optim.Adam(tables, LR, eps=EPS, fused=True)
+        for table, moments in zip(tables, problem.moments, strict=True):
+            optimizer.state[table] = {"step": torch.zeros((), dtype=torch.float32, device=table.device), **moments}
 
     def forward() -> torch.Tensor:
         ids, scores = plain_route(layer, problem.x, layer.top_k)
