@@ -184,19 +184,25 @@ class Lists {
 
   int64_t end() const { return live_.end; }
 
+  // The end of the positions from `begin` on that all contribute, as far as they have been checked: at least up to `end` if these do.
+  int64_t sound_until(int64_t begin, int64_t end) {
+    if (begin < from_ || end > until_) check(begin, end, 4 * kChunk);
+    return until_;
+  }
+
   // The positions from `begin` to `end`, at most kChunk, valid until the next call. If the run is not in place, fetch(id) was
   // called for the ids `ahead` of them.
   template <class F>
   inline __attribute__((always_inline)) Run run(int64_t begin, int64_t end, int64_t ahead, const F& fetch) {
-    if (begin < from_ || end > until_) check(begin, end);
+    if (begin < from_ || end > until_) check(begin, end, kChunk);
     if (end > until_) return live_run(begin, end, ahead, fetch);
     return {live_.ids + begin, kWeighted ? weights_at(begin, end) : nullptr, end - begin, true};
   }
 
  private:
   // Finds how many positions from `begin` on contribute without a gap, at least up to `end` if all of them do.
-  __attribute__((noinline)) void check(int64_t begin, int64_t end) {
-    const int64_t stop = std::min(live_.end, std::max(end, begin + kChunk));
+  __attribute__((noinline)) void check(int64_t begin, int64_t end, int64_t least) {
+    const int64_t stop = std::min(live_.end, std::max(end, begin + least));
     constexpr auto largest = static_cast<uint64_t>(std::numeric_limits<Index>::max()) + 1;
     const auto limit = static_cast<Unsigned>(std::min(live_.limit, largest));
     const auto padding = static_cast<Unsigned>(live_.padding_idx);
@@ -535,6 +541,61 @@ __attribute__((noinline)) void reduce_columns(const GatherArgs& a, Lists<T, Inde
   }
 }
 
+#if GOSSAMER_F16C
+// Bags that end by `until`, whose ids all contribute and whose rows need no prefetching, from one that begins at `begin`. Returns the
+// first bag left over. So little happens in each bag that all of it stays in registers.
+template <class Sums, bool kOffsets, class T, class Index, class O>
+__attribute__((noinline)) int64_t reduce_sound(const Bags& bags, const BagRange<T>& range, int64_t bag, int64_t begin,
+                                               int64_t until, O* out, int64_t out_stride) {
+  const T* const table = range.from.rows;
+  const Index* at = static_cast<const Index*>(bags.index.base) + begin;
+  const Index* const limit = at + (until - begin);
+  const int64_t size = bags.bag_size, last_bag = range.last_bag;
+  const bool mean = range.from.mean;
+  for (; bag < last_bag; ++bag, out += out_stride) {
+    const int64_t count = kOffsets ? bags.end(bag) - bags.begin(bag) : size;
+    const Index* const stop = at + count;
+    if (stop > limit) break;
+    Sums sums(0);
+    const auto add = [&](Index id)
+                         __attribute__((always_inline)) { sums.template add<false>(table + int64_t{id} * Sums::kStride, 1); };
+    for (; at + 4 <= stop; at += 4) {
+      add(at[0]);
+      add(at[1]);
+      add(at[2]);
+      add(at[3]);
+    }
+    for (; at < stop; ++at) add(*at);
+    if (mean) sums.divide(static_cast<Accumulator<T>>(std::max<int64_t>(count, 1)));
+    sums.write(out);
+  }
+  return bag;
+}
+
+// Reduces bags of narrow rows that need no prefetching.
+template <class Sums, class T, class Index, class O>
+void reduce_close(const GatherArgs& a, Lists<T, Index, false>& lists, const BagRange<T>& range, O* out) {
+  const int64_t stride = a.out.row_stride;
+  BagRange<T> part = range;
+  for (int64_t bag = range.first_bag; bag < range.last_bag; ++bag) {
+    const int64_t begin = a.bags.begin(bag), until = lists.sound_until(begin, a.bags.end(bag));
+    O* const to = out + (range.from.row_of_output + bag - range.first_bag) * stride + range.from.column;
+    bag = a.bags.offsets ? reduce_sound<Sums, true, T, Index>(a.bags, range, bag, begin, until, to, stride)
+                         : reduce_sound<Sums, false, T, Index>(a.bags, range, bag, begin, until, to, stride);
+    if (bag == range.last_bag) break;
+    // A bag that ends later, or in which not all ids contribute.
+    if (a.bags.end(bag) <= lists.sound_until(a.bags.begin(bag), a.bags.end(bag))) {
+      --bag;
+      continue;
+    }
+    part.from.row_of_output = range.from.row_of_output + bag - range.first_bag;
+    part.first_bag = bag;
+    part.last_bag = bag + 1;
+    reduce_columns<Sums>(a, lists, part, 0, 0, out);
+  }
+}
+#endif
+
 template <bool kWeighted, class T, class Index, class O>
 void reduce_range(const GatherArgs& a, const BagRange<T>& range) {
   constexpr int n = kLanes<Accumulator<T>>;
@@ -544,6 +605,10 @@ void reduce_range(const GatherArgs& a, const BagRange<T>& range) {
 #if GOSSAMER_F16C
   if constexpr (!kIsCode<T> && !std::is_same_v<T, double>) {
     if (range.from.stride == dim) {
+      if constexpr (!kWeighted) {
+        if (range.close && dim == 4) return reduce_close<NarrowSums<4, T>>(a, lists, range, out);
+        if (range.close && dim == 8) return reduce_close<NarrowSums<8, T>>(a, lists, range, out);
+      }
       if (dim == 4) return reduce_columns<NarrowSums<4, T>>(a, lists, range, 0, 4, out);
       if (dim == 8) return reduce_columns<NarrowSums<8, T>>(a, lists, range, 0, 8, out);
       if constexpr (n == 16) {

@@ -40,13 +40,14 @@ class HashSearch {
   };
 
   static void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-  void fetch_row(const char* row) const {
-    for (int64_t at = 0; at < a_.row_bytes; at += 64) fetch(row + at);
-  }
 
   void hash(Block& b, int64_t from, int64_t size) const {
-    for (int64_t i = 0; i < size; ++i) b.key[i] = a_.keys[from + i];
-    for (int64_t i = size; i < kBlock; ++i) b.key[i] = b.key[0];
+    if (size == kBlock && a_.keys.wide && a_.keys.stride == 1) {
+      // Of a constant size: for a loop GCC emits a string instruction, which waits for all prefetches before it.
+      std::memcpy(b.key, static_cast<const int64_t*>(a_.keys.base) + from, sizeof b.key);
+    } else {
+      for (int64_t i = 0; i < kBlock; ++i) b.key[i] = a_.keys[from + std::min(i, size - 1)];
+    }
     const hash_table::Table t = t_;
     for (int64_t i = 0; i < kBlock; i += kWords) place(t, b, i);
     for (int64_t i = 0; i < kBlock; ++i) {
@@ -88,6 +89,8 @@ class HashSearch {
   }
 
   void look(Block& b) const {
+    const char* const rows = a_.rows;
+    const int64_t row_bytes = a_.row_bytes;
     for (int64_t i = 0; i < kBlock; ++i) {
       const uint32_t mask = match(b, i);
       if (__builtin_expect(mask == 0, 0)) {
@@ -101,7 +104,7 @@ class HashSearch {
       fetch(t_.keys + slot);
       if (t_.scores && a_.scores) fetch(t_.scores + slot);
       if (a_.beside) fetch(a_.beside + slot);
-      if (a_.rows) fetch_row(a_.rows + slot * a_.row_bytes);
+      if (rows) prefetch_lines<1, Fetch::kReadLater>(rows + slot * row_bytes, row_bytes);
     }
   }
 
