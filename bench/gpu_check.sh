@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command: the tests on CUDA, then the expert layer on four large shapes, with
-# quantised weights on three and with few tokens, its router and its activation, low-rank updates on five, the embedding
-# layers, static and dynamic, and the hash table over uniform and skewed ids, and block-sparse linear layers at four
-# sparsities, against their baselines and any installed peer.
+# Runs everything that needs a GPU, in one command: the tests on CUDA, then benchmarks against baselines and installed peers:
+# the expert layer on four large shapes, with quantised weights on three and with few tokens; its router and its activation;
+# low-rank updates on five shapes; static and dynamic embedding layers and the hash table over uniform and skewed ids; and
+# block-sparse linear layers at four sparsities.
 # Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +24,7 @@ done
 for shape in olmoe qwen3-30b-a3b mixtral; do
   gossamer bench quantized_experts --shape "$shape" --dtype bf16 --device cuda --json "$out/quantized-$shape-$device.json"
 done
-# Decoding, whose floor is the bytes of the experts that are touched.
+# Decoding, whose time is bounded below by reading the touched experts.
 for tokens in 1 16 64; do
   gossamer bench quantized_experts --shape "$tokens,2048,768,128,8" --dtype bf16 --device cuda \
     --json "$out/quantized-decode-$tokens-$device.json"

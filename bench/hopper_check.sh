@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The CUDA kernels for Hopper on a GPU, in one command: build, tests, the layer at four large shapes with Triton's and the
-# CUDA kernels taking turns beside an equal-FLOP dense layer, memory and race checks on small shapes of these kernels and of
-# those around them, and, where it is installed, the layer beside SonicMoE. Ten minutes at most after the build, but for
-# the last.
+# Checks the CUDA kernels for Hopper on a GPU, in one command: build; tests; the layer at four large shapes, with Triton and CUDA
+# kernels in alternation, against a dense layer of equal FLOPs; memory and race checks on small shapes of these kernels and of
+# those around them; and, if SonicMoE is installed, the layer against it. All but the last takes at most ten minutes after the
+# build.
 # Usage: bench/hopper_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,8 +20,8 @@ device=$(python3 -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cu
 
 GOSSAMER_BUILD_JOBS=$(nproc) GOSSAMER_CUDA=1 GOSSAMER_CUDA_ARCHS=90a pip install --no-build-isolation --no-deps .
 
-# Each step runs whatever became of the ones before, and none may hang: a wrong layer is not timed anyway. A step has the
-# seconds that it is given, or those that are left before the deadline.
+# A step runs even if earlier ones failed, since a wrong layer is not timed anyway. Each is stopped after the seconds that it is
+# given, or at the deadline.
 failed=()
 deadline=600
 SECONDS=0
@@ -37,7 +37,7 @@ step() {
   timeout -k 5 "$((limit < left ? limit : left))" "$@" || failed+=("$name")
 }
 
-# Not python3 -m pytest, which would put this folder's triton_kernels in the way of another distribution's.
+# Not python3 -m pytest, which puts this folder on sys.path, where its triton_kernels shadows another distribution's.
 pytest=(python3 "$(command -v pytest)" -q)
 shapes=(olmoe fine-grained qwen3-30b-a3b mixtral)
 
@@ -50,8 +50,8 @@ for shape in "${shapes[@]}"; do
   step "layer, $shape" 75 gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --peers none \
     --json "$out/moe-hopper-$shape-$device.json"
 done
-# What the rest of the layer launches: sorting, routing, sums of rows, decoding, quantised weights, tiles by Triton; and
-# the hash table, the other kernels in CUDA.
+# The other kernels that a layer launches (sorting, routing, sums of rows, decoding, quantised weights, tiles by Triton), and the
+# hash table, whose kernels are CUDA too.
 around=(
   tests/ops/test_dispatch.py::test_around_tile_edges
   tests/ops/test_topk_routing.py::test_many_tokens_and_strided_logits
@@ -64,7 +64,7 @@ around=(
 )
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
-    # Without torch's cache every tensor ends where its allocation does.
+    # Without torch's cache each tensor has an allocation of its own, so that reads past its end are found.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "${pytest[@]}" tests/native/test_hopper_kernels.py -k "small_products or small_layers"
@@ -74,13 +74,13 @@ if command -v compute-sanitizer > /dev/null; then
 else
   failed+=("memory and race checks: compute-sanitizer is not there")
 fi
-# Whether it pays that blocks share weights in pairs: the same layer without.
+# The same layer without pairs of blocks that share weights, to show what pairing gains.
 alone='import sys; from gossamer import _C, cli; _C.set_hopper_paired_from(2**62); sys.argv[0] = "gossamer"; cli.main()'
 for shape in olmoe mixtral; do
   step "layer, $shape, blocks alone" 75 env PYTHONSAFEPATH=1 python3 -c "$alone" bench moe --shape "$shape" --dtype bf16 --device cuda \
     --peers none --json "$out/moe-hopper-alone-$shape-$device.json"
 done
-# Last, since its search for tiles may take longer than all of the above.
+# Last, because its search for tiles may take longer than everything above.
 deadline=$((SECONDS + 600))
 if python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("sonicmoe") is None)'; then
   for shape in "${shapes[@]}"; do
