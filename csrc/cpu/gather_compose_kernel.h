@@ -655,7 +655,10 @@ bool compose_as_short(const ComposeArgs& a, int64_t first_bag, int64_t last_bag)
 template <class T>
 void compose_bags(const ComposeArgs& a, int64_t first_bag, int64_t last_bag) {
   using S = Accumulator<T>;
-  if (first_bag >= last_bag || compose_as_short<T>(a, first_bag, last_bag)) return;
+  if (first_bag >= last_bag) return;
+  if constexpr (kShortRows) {
+    if (compose_as_short<T>(a, first_bag, last_bag)) return;
+  }
   const Bags& bags = a.bags;
   PartRows<S> rows(a, bags.begin(first_bag), bags.end(last_bag - 1));
   const int64_t row_bytes = a.parts.columns * static_cast<int64_t>(sizeof(T));

@@ -75,6 +75,14 @@ GOSSAMER_INLINE void store_first(T* to, Vec<Accumulator<T>> v, int n) {
 #endif
 }
 
+// Whether short rows have kernels of their own. An install for a machine with a better instruction set does without in the generic
+// kernels, which it never chooses by default.
+#if defined(GOSSAMER_SPARE_GENERIC) && GOSSAMER_VECTOR_BYTES == 16
+constexpr bool kShortRows = false;
+#else
+constexpr bool kShortRows = true;
+#endif
+
 // Rows this many positions ahead are prefetched, since hardware prefetchers do not find scattered rows. They go into the
 // second-level cache, where a core can wait for several times as many lines as in the first level. Fewer long rows are
 // prefetched: more lines than the core can wait for at once gain nothing.
@@ -637,22 +645,27 @@ void reduce_range(const GatherArgs& a, const BagRange<T>& range) {
     constexpr std::integral_constant<int, n> all;
     constexpr std::integral_constant<int, narrow ? n / 2 : n> half;
     constexpr std::integral_constant<int, narrow && sizeof(T) == 4 ? n / 4 : half> quarter;
-    while (column + 8 * n <= dim) pass(std::integral_constant<int, 8>{}, whole);
-    while (column + 4 * n <= dim) pass(std::integral_constant<int, 4>{}, whole);
-    if (column + 3 * n < dim) {
-      pass(std::integral_constant<int, 4>{}, all);
-    } else if (column + 2 * n < dim) {
-      pass(std::integral_constant<int, 3>{}, all);
-    } else if (column + 2 * n == dim) {
-      pass(std::integral_constant<int, 2>{}, whole);
-    } else if (column + n < dim) {
-      pass(std::integral_constant<int, 2>{}, all);
-    } else if (column + half < dim) {
-      pass(std::integral_constant<int, 1>{}, all);
-    } else if (column + quarter < dim) {
-      pass(std::integral_constant<int, 1>{}, half);
-    } else if (column < dim) {
-      pass(std::integral_constant<int, 1>{}, quarter);
+    if constexpr (kShortRows) {
+      while (column + 8 * n <= dim) pass(std::integral_constant<int, 8>{}, whole);
+      while (column + 4 * n <= dim) pass(std::integral_constant<int, 4>{}, whole);
+      if (column + 3 * n < dim) {
+        pass(std::integral_constant<int, 4>{}, all);
+      } else if (column + 2 * n < dim) {
+        pass(std::integral_constant<int, 3>{}, all);
+      } else if (column + 2 * n == dim) {
+        pass(std::integral_constant<int, 2>{}, whole);
+      } else if (column + n < dim) {
+        pass(std::integral_constant<int, 2>{}, all);
+      } else if (column + half < dim) {
+        pass(std::integral_constant<int, 1>{}, all);
+      } else if (column + quarter < dim) {
+        pass(std::integral_constant<int, 1>{}, half);
+      } else if (column < dim) {
+        pass(std::integral_constant<int, 1>{}, quarter);
+      }
+    } else {
+      while (column + 4 * n <= dim) pass(std::integral_constant<int, 4>{}, whole);
+      while (column < dim) pass(std::integral_constant<int, 1>{}, all);
     }
   }
 }

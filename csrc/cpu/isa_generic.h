@@ -5,7 +5,7 @@
 
 // An install for a machine with a better instruction set compiles these with less optimisation, since it never chooses them by
 // default.
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
 #ifdef GOSSAMER_SPARE_GENERIC
 #pragma GCC optimize("O1")
 #else

@@ -462,9 +462,11 @@ GOSSAMER_INLINE void step_codes(const UpdateArgs& a, const RowPlace& place, floa
 template <class T, class G>
 void update_range(const UpdateArgs& a, const SortedIds& ids, int64_t begin, int64_t end, void* scratch) {
   using S = Accumulator<T>;
-  if (ids.wide ? update_as_short_rows<T, G, uint64_t>(a, ids, begin, end)
-               : update_as_short_rows<T, G, uint32_t>(a, ids, begin, end)) {
-    return;
+  if constexpr (kShortRows) {
+    if (ids.wide ? update_as_short_rows<T, G, uint64_t>(a, ids, begin, end)
+                 : update_as_short_rows<T, G, uint32_t>(a, ids, begin, end)) {
+      return;
+    }
   }
   S* grad = static_cast<S*>(scratch);
   const auto prefetch = [&](int64_t entry) __attribute__((always_inline)) { prefetch_place<T>(a, place_of(a, ids, entry)); };
