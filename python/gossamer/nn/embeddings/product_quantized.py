@@ -173,9 +173,10 @@ class ProductQuantizedEmbedding(FusedTable):
         if parts % 2:
             pieces, keys = torch.cat([pieces, pieces[:, -1:]], 1), torch.cat([keys, keys[-1:]])
         pairs = (parts + 1) // 2
-        found = product_key_search(
-            pieces.reshape(count * pairs, 2 * width), keys.view(pairs, 2, self.num_codes, width), 1
-        )
+        with torch.no_grad():
+            _, found = product_key_search(
+                pieces.reshape(count * pairs, 2 * width), keys.view(pairs, 2, self.num_codes, width), 1
+            )
         codes = torch.cat([found // self.num_codes, found % self.num_codes], 1)
         return codes.view(count, 2 * pairs)[:, :parts]
 
