@@ -490,6 +490,19 @@ NUMBERS = {
         ValueError,
         r"values must have shape that of keys = \(1, 1, 2, 4\), got \(1, 1, 3, 4\)",
     ),
+    "a state of sequences in one place": (
+        lambda: gossamer.causal_conv1d_step(torch.ones(2, 3), torch.ones(1, 3, 4).expand(2, 3, 4), torch.ones(3, 4)),
+        ValueError,
+        "state must have each element in a place of its own",
+    ),
+    "probabilities of other experts": (
+        lambda: nn.product_routing(
+            dataclasses.replace(nn.softmax_topk(torch.ones(3, 2), 1), _probabilities=torch.ones(3)),
+            nn.softmax_topk(torch.ones(3, 2), 1),
+        ),
+        ValueError,
+        r"first\.probabilities must have shape \(T, E\) = \(3, 2\), got \(3,\)",
+    ),
     "experts drawn": (
         lambda: testing.random_expert_ids(4, 2, 3),
         ValueError,

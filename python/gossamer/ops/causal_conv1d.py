@@ -20,6 +20,7 @@ from gossamer._checks import (
     check_same_dtype,
     check_shape,
     check_tensor,
+    check_written,
 )
 from gossamer.ops._records import define, define_gradients
 from gossamer.ops._sequences import check_bounds, check_cu_seqlens, num_sequences
@@ -346,6 +347,7 @@ def causal_conv1d_step(
     check_float("x", x, backend)
     silu = _check_filter(x, weight, bias, activation)
     _check_state("state", state, x, x.shape[0], weight.shape[1], "(B, C, S)")
+    check_written("state", state)
     check_same_device(x=x, state=state, weight=weight, bias=bias)
     check_no_gradient("causal_conv1d_step", "causal_conv1d", x=x, state=state, weight=weight, bias=bias)
     if backend != "reference":

@@ -203,7 +203,8 @@ def product_routing(first: Routing, second: Routing) -> Routing:
 
     Raises:
         TypeError: one is not a Routing.
-        ValueError: they have different numbers of tokens or are on different devices, or logits have another shape.
+        ValueError: they have different numbers of tokens or are on different devices, or logits or
+            probabilities have another shape.
     """
     both = (("first", first), ("second", second))
     for name, routing in both:
@@ -227,5 +228,8 @@ def product_routing(first: Routing, second: Routing) -> Routing:
     weights = (first.weights.unsqueeze(2) * second.weights.unsqueeze(1)).flatten(1)
     probabilities = None
     if first.has_probabilities and second.has_probabilities:
+        for name, routing in both:
+            sizes = routing.num_tokens, routing.num_experts
+            check_shape(f"{name}.probabilities", routing.probabilities, sizes, "(T, E)")
         probabilities = (first.probabilities.unsqueeze(2) * second.probabilities.unsqueeze(1)).flatten(1)
     return Routing(ids, weights, e * f, probabilities=probabilities)
