@@ -503,6 +503,23 @@ NUMBERS = {
         ValueError,
         r"first\.probabilities must have shape \(T, E\) = \(3, 2\), got \(3,\)",
     ),
+    "more experts than an index can name": (
+        lambda: routing(num_experts=2**63),
+        ValueError,
+        "num_experts must be at most",
+    ),
+    "sparse weights of a routing": (
+        lambda: routing(weights=torch.ones(3, 2).to_sparse()),
+        TypeError,
+        "weights must have the layout torch.strided",
+    ),
+    "uncertain tokens elsewhere": (
+        lambda: nn.broadcast_uncertain(
+            dataclasses.replace(nn.softmax_topk(torch.ones(3, 2), 1), expert_ids=expert_ids(3, 1).to("meta")), 0.5
+        ),
+        ValueError,
+        "weights must be on the device of expert_ids, meta, got cpu",
+    ),
     "experts drawn": (
         lambda: testing.random_expert_ids(4, 2, 3),
         ValueError,

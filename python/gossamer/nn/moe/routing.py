@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from gossamer._backend import transformed
 from gossamer._checks import (
+    MAX_SIZE,
     check_flag,
     check_floating,
     check_index,
@@ -171,11 +172,14 @@ class Routing:
             raise TypeError(f"probabilities must be a tensor or a function, got {type(probabilities).__name__}")
         if not isinstance(num_experts, (int, torch.SymInt)):
             raise TypeError(f"num_experts must be an int, got {type(num_experts).__name__}")
+        if type(num_experts) is int and num_experts > MAX_SIZE:
+            raise ValueError(f"num_experts must be at most {MAX_SIZE}, got {num_experts}")
         check_index("expert_ids", expert_ids)
         # One comparison accepts valid arguments; the checks that follow only word the error.
         if not isinstance(weights, torch.Tensor) or len(expert_ids.shape) != 2 or weights.shape != expert_ids.shape:
             check_shape("expert_ids", expert_ids, (None, None), "(T, K)")
             check_shape("weights", weights, tuple(expert_ids.shape), "(T, K)")
+        check_strided("weights", weights)
         object.__setattr__(self, "expert_ids", expert_ids)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "num_experts", num_experts)
