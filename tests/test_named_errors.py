@@ -501,7 +501,7 @@ NUMBERS = {
             nn.softmax_topk(torch.ones(3, 2), 1),
         ),
         ValueError,
-        r"first\.probabilities must have shape \(T, E\) = \(3, 2\), got \(3,\)",
+        r"probabilities must have shape \(T, E\) = \(3, 2\), got \(3,\)",
     ),
     "more experts than an index can name": (
         lambda: routing(num_experts=2**63),
@@ -519,6 +519,26 @@ NUMBERS = {
         ),
         ValueError,
         "weights must be on the device of expert_ids, meta, got cpu",
+    ),
+    "losses elsewhere": (
+        lambda: nn.router_losses(routing(losses={"entropy": torch.ones(3, device="meta")})),
+        ValueError,
+        r"routing\.losses\['entropy'\] must be on the device of routing\.expert_ids",
+    ),
+    "sparse losses": (
+        lambda: nn.router_losses(routing(losses={"entropy": torch.ones(3).to_sparse()})),
+        TypeError,
+        r"routing\.losses\['entropy'\] must have the layout torch\.strided",
+    ),
+    "widths beyond int64": (
+        lambda: nn.mixed_dimensions([5], base_dim=2.0**70),
+        ValueError,
+        "base_dim must be positive",
+    ),
+    "tokens rounded by foreign logits": (
+        lambda: nn.round_tokens(dataclasses.replace(nn.softmax_topk(torch.ones(3, 4), 1), logits=torch.ones(1, 4)), 2),
+        ValueError,
+        r"probabilities must have shape \(T, E\) = \(3, 4\), got \(1, 4\)",
     ),
     "experts drawn": (
         lambda: testing.random_expert_ids(4, 2, 3),

@@ -120,7 +120,7 @@ def around_training(rng):
 
     def groups(**args):
         made = torch.optim.AdamW(nn.lora_plus_groups(**args))
-        return torch.tensor([[group["lr"], len(group["params"])] for group in made.param_groups])
+        return torch.tensor([[float(group["lr"]), len(group["params"])] for group in made.param_groups])
 
     groups.__qualname__ = "lora_plus_groups"
     return groups, args | {"lr": 1e-3, "ratio": 16.0, "embedding_lr": 1e-6, "weight_decay": 0.1}

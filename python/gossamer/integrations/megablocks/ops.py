@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from gossamer._checks import (
+    MAX_SIZE,
     check_floating,
     check_index,
     check_positive,
@@ -374,15 +375,14 @@ def binned_gather(
 
     Raises:
         TypeError: dtypes do not fit.
-        ValueError: shapes or devices do not fit, or ``bin_size`` is negative.
+        ValueError: shapes or devices do not fit, or ``bin_size`` is negative or beyond int64.
     """
     check_shape("x", x, (None, None), "(T, D)")
     _check_rows(x, indices, top_k, bins=bins)
     check_shape("x", x, (indices.shape[0] // top_k, None), "(T, D)")
-    if not isinstance(bin_size, int) or isinstance(bin_size, bool):
-        raise TypeError(f"bin_size must be an int, got {type(bin_size).__name__}")
-    if bin_size < 0:
-        raise ValueError(f"bin_size must not be negative, got {bin_size}")
+    check_sizes(bin_size=bin_size)
+    if bins.shape[0] * bin_size > MAX_SIZE:
+        raise ValueError(f"bin_size must be at most {MAX_SIZE} over E = {bins.shape[0]}, got {bin_size}")
     rows = _binned_rows(bins, indices.shape[0], bin_size)
     places = bins.shape[0] * bin_size
     return _spread(x, indices, rows, places, top_k).view(bins.shape[0], bin_size, x.shape[1])

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer._checks import check_flag, check_index, check_number, check_positive, check_sequence, check_sizes
+from gossamer._checks import (
+    MAX_SIZE,
+    check_flag,
+    check_index,
+    check_number,
+    check_positive,
+    check_sequence,
+    check_sizes,
+)
 from gossamer.nn.embeddings.narrow_rows import NarrowRowsTable, fit_narrow, narrow_nbytes
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.optim import Optimizer
@@ -153,8 +161,8 @@ def mixed_dimensions(
     for name, number in (("base_dim", base_dim), ("alpha", alpha)):
         if not number < math.inf:
             raise ValueError(f"{name} must be finite, got {number}")
-    if base_dim <= 0:
-        raise ValueError(f"base_dim must be positive, got {base_dim}")
+    if not 0 < base_dim <= MAX_SIZE:
+        raise ValueError(f"base_dim must be positive and at most {MAX_SIZE}, got {base_dim}")
     if alpha < 0:
         raise ValueError(f"alpha must be at least 0, got {alpha}")
     least = min(num_embeddings, default=1)

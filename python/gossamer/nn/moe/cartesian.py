@@ -228,8 +228,5 @@ def product_routing(first: Routing, second: Routing) -> Routing:
     weights = (first.weights.unsqueeze(2) * second.weights.unsqueeze(1)).flatten(1)
     probabilities = None
     if first.has_probabilities and second.has_probabilities:
-        for name, routing in both:
-            sizes = routing.num_tokens, routing.num_experts
-            check_shape(f"{name}.probabilities", routing.probabilities, sizes, "(T, E)")
         probabilities = (first.probabilities.unsqueeze(2) * second.probabilities.unsqueeze(1)).flatten(1)
     return Routing(ids, weights, e * f, probabilities=probabilities)

@@ -567,6 +567,14 @@ def _check_survivors(survivors: torch.Tensor, means: torch.Tensor) -> None:
             raise IndexError(f"survivors must be in [0, E/N) with E/N={means.shape[1]}, got {least} to {most}")
 
 
+def _check_term(name: str, term: torch.Tensor, routing: Routing) -> None:
+    """A loss of a routing made by hand: one number, or one for each token."""
+    check_floating(name, term)
+    if term.dim():
+        check_shape(name, term, (routing.num_tokens,), "(T,)")
+    check_same_device(**{"routing.expert_ids": routing.expert_ids, name: term})
+
+
 def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """The routers' own loss terms (:attr:`Routing.losses`) by name, without coefficients.
 
@@ -578,7 +586,7 @@ def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | 
 
     Raises:
         TypeError: ``routing`` is something else.
-        ValueError: a mask of another size or device.
+        ValueError: a mask or a term of another size or device.
     """
     if not isinstance(routing, (Routing, Sequence)):
         raise TypeError(f"routing must be a Routing or a sequence of them, got {type(routing).__name__}")
@@ -589,6 +597,7 @@ def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | 
             raise TypeError(f"routing must be a Routing or a sequence of them, got {type(layer).__name__}")
         kept = _kept(mask, layer.expert_ids)
         for name, term in layer.losses.items():
+            _check_term(f"routing.losses[{name!r}]", term, layer)
             if term.dim():
                 term = term if kept is None else term.masked_fill(~kept, 0.0)
                 term = term.sum() / _rows(kept, layer)

@@ -217,15 +217,19 @@ class Routing:
         The router defines them. If it gave a function of the logits, each access calls it.
 
         Raises:
-            ValueError: this routing has no probabilities.
+            ValueError: this routing has no probabilities, or they are of another shape or device.
         """
         if self._probabilities is None:
             raise ValueError("routing must have logits for probabilities, got a routing by given ids")
         if isinstance(self._probabilities, torch.Tensor):
-            return self._probabilities
-        if self.logits is None:
+            found = self._probabilities
+        elif self.logits is None:
             raise ValueError("logits must be there for probabilities that are a function of them, got None")
-        return self._probabilities(self.logits)
+        else:
+            found = self._probabilities(self.logits)
+        check_shape("probabilities", found, (self.num_tokens, self.num_experts), "(T, E)")
+        check_same_device(expert_ids=self.expert_ids, probabilities=found)
+        return found
 
     @property
     def score(self) -> str:

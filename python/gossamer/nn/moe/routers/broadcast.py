@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_number, check_positive, check_same_device, check_shape
+from gossamer._checks import check_number, check_positive, check_same_device
 from gossamer.nn.moe.routers.base import Router, RouterAround
 from gossamer.nn.moe.routing import Routing, padded
 
@@ -42,10 +42,8 @@ def broadcast_uncertain(
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
     _check_broadcast(entropy, slots)
     e, num_tokens = routing.num_experts, routing.num_tokens
-    probabilities = routing.probabilities
-    check_shape("routing.probabilities", probabilities, (num_tokens, e), "(T, E)")
-    check_same_device(expert_ids=routing.expert_ids, weights=routing.weights, probabilities=probabilities)
-    probabilities = probabilities.to(routing.weights.dtype)
+    check_same_device(expert_ids=routing.expert_ids, weights=routing.weights)
+    probabilities = routing.probabilities.to(routing.weights.dtype)
     max_rows = None
     with torch.no_grad():
         uncertain = -(probabilities * (probabilities + 1e-5).log()).sum(dim=1) >= entropy
