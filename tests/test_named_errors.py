@@ -508,6 +508,12 @@ NUMBERS = {
         ValueError,
         "num_experts must be at most",
     ),
+    "whole weights of a routing": (
+        lambda: routing(weights=torch.ones(3, 2, dtype=torch.bool)),
+        TypeError,
+        "weights must be floating point, got torch.bool",
+    ),
+    "rows of a routing": (lambda: routing(max_rows=[3]), TypeError, "max_rows must be an int or None, got list"),
     "sparse weights of a routing": (
         lambda: routing(weights=torch.ones(3, 2).to_sparse()),
         TypeError,

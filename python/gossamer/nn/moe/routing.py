@@ -179,7 +179,9 @@ class Routing:
         if not isinstance(weights, torch.Tensor) or len(expert_ids.shape) != 2 or weights.shape != expert_ids.shape:
             check_shape("expert_ids", expert_ids, (None, None), "(T, K)")
             check_shape("weights", weights, tuple(expert_ids.shape), "(T, K)")
-        check_strided("weights", weights)
+        check_floating("weights", weights)
+        if not (max_rows is None or isinstance(max_rows, (int, torch.SymInt))):
+            raise TypeError(f"max_rows must be an int or None, got {type(max_rows).__name__}")
         object.__setattr__(self, "expert_ids", expert_ids)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "num_experts", num_experts)
