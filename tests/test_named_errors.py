@@ -526,6 +526,18 @@ NUMBERS = {
         ValueError,
         "weights must be on the device of expert_ids, meta, got cpu",
     ),
+    "experts that begin after their rows": (
+        lambda: megablocks.padded_gather(
+            torch.ones(1, 1),
+            torch.tensor([1, 0]),
+            torch.tensor([1, 2]),
+            torch.tensor([8, 9, 10]),
+            torch.tensor([0, 16, 32]),
+            2,
+        ),
+        ValueError,
+        "bins must begin no expert after its rows",
+    ),
     "losses elsewhere": (
         lambda: nn.router_losses(routing(losses={"entropy": torch.ones(3, device="meta")})),
         ValueError,

@@ -230,6 +230,9 @@ def _check_rows(x: torch.Tensor, indices: torch.Tensor, top_k: int, **others: to
             raise ValueError(f"{name} must ascend from 0 or more, got {others[name].tolist()}")
     if "bin_ids" in others:
         check_range("bin_ids", others["bin_ids"], others["bins"].shape[0])
+        first = _starts(others["bins"])[others["bin_ids"].long()]
+        if (first > torch.arange(indices.shape[0])).any():
+            raise ValueError(f"bins must begin no expert after its rows, got {others['bins'].tolist()}")
 
 
 def _starts(bins: torch.Tensor) -> torch.Tensor:
