@@ -13,16 +13,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "support" / "peft_parallel_cases.
 pytestmark = processes.needs_gloo
 
 
-@pytest.fixture(scope="module")
-def each(tmp_path_factory):
-    """What every process found, by their number and by case."""
-    return processes.run_each(SCRIPT, (2, 4), tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(params=[2, 4])
-def results(request, each):
-    """What every process found, by case."""
-    return each[request.param]
+each, results = processes.fixtures(SCRIPT)
 
 
 @pytest.mark.parametrize("case", processes.cases_of(SCRIPT))

@@ -11,16 +11,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "support" / "exchange_cases.py"
 CASES = processes.cases_of(SCRIPT)
 
 
-@pytest.fixture(scope="module")
-def each(tmp_path_factory):
-    """What every process found, by their number and by case."""
-    return processes.run_each(SCRIPT, (2, 4), tmp_path_factory.mktemp("exchange"))
-
-
-@pytest.fixture(params=[2, 4])
-def results(request, each):
-    """What every process found, by case."""
-    return each[request.param]
+each, results = processes.fixtures(SCRIPT)
 
 
 @processes.needs_gloo

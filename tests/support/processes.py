@@ -1,7 +1,7 @@
 """Runs tests in several processes: each runs a script of cases, and failures are returned by case.
 
 The script ends with ``processes.main(CASES)``; a test module has ``processes.cases_of(SCRIPT)`` and
-``processes.run(SCRIPT, world, folder)``, or ``processes.run_each(SCRIPT, worlds, folder)``.
+``processes.run(SCRIPT, world, folder)``, or ``each, results = processes.fixtures(SCRIPT)``.
 """
 
 import ast
@@ -42,6 +42,22 @@ def run_each(script, worlds, folder, timeout=600):
     for place in folders.values():
         place.mkdir()
     return _run(script, folders, timeout)
+
+
+def fixtures(script, worlds=(2, 4)):
+    """The fixtures ``each`` and ``results`` of a test module: a script's findings in several numbers of processes."""
+
+    @pytest.fixture(scope="module")
+    def each(tmp_path_factory):
+        """What every process found, by their number and by case."""
+        return run_each(script, worlds, tmp_path_factory.mktemp(script.stem))
+
+    @pytest.fixture(params=worlds)
+    def results(request, each):
+        """What every process found, by case."""
+        return each[request.param]
+
+    return each, results
 
 
 def _run(script, folders, timeout, killed=()):
