@@ -183,7 +183,7 @@ def _leave_to_experts(model: nn.Module) -> None:
     """Let DistributedDataParallel ignore the DTensors of a model: the gradients of divided factors are complete."""
     known = getattr(model, _IGNORED, ())
     surgery.mark(model, ADAPTER, tuple(known))
-    divided = (name for name, parameter in model.named_parameters() if type(parameter).__name__ == "DTensor")
+    divided = (name for name, parameter in model.named_parameters() if surgery.is_divided(parameter))
     setattr(model, _IGNORED, list(dict.fromkeys((*known, *divided))))
 
 

@@ -144,7 +144,7 @@ def _obstacle(module: nn.Module, weight_format: str, group_size: int) -> str | N
             return f"{name} is quantised already, as {held.format}"
         if not isinstance(held, torch.Tensor) or held.dtype not in (*FLOAT_DTYPES, torch.float64):
             return f"{name} is no float tensor"
-        if type(held).__name__ == "DTensor":
+        if surgery.is_divided(held):
             return f"{name} is divided among processes; quantise it before it is divided"
         c = held.shape[1] if transposed else held.shape[2]
         width = _width(weight_format, group_size)

@@ -81,6 +81,11 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def is_divided(tensor: torch.Tensor | None) -> bool:
+    """Whether a tensor is a DTensor; by its class's name, as importing the class takes long."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def tensor_obstacle(
     what: str, tensor: torch.Tensor, devices: tuple[str, ...] = ("cpu", "cuda", "meta"), wrappers: tuple[str, ...] = ()
 ) -> str | None:

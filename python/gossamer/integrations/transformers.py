@@ -199,7 +199,7 @@ def division_obstacle(experts: nn.Module) -> str | None:
         )
     # FSDP2's DTensors are whole again in the forward pass; those of a tensor-parallel plan become local parts in the
     # forward that the plan puts in the instance.
-    if "forward" in experts.__dict__ and any(type(w).__name__ == "DTensor" for _, w in weights):
+    if "forward" in experts.__dict__ and any(surgery.is_divided(w) for _, w in weights):
         return "its matrices are divided among processes by a tensor-parallel plan, which adapters do not follow"
     return None
 
