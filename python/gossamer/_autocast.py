@@ -10,16 +10,19 @@ from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_compiling
 
 
+def is_autocast(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the tensor's device. Meta tensors have none, and querying it raises."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def autocast(*tensors: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
     """The tensors, float ones cast to autocast's dtype where it is on, as in ``nn.Linear``."""
     # The quickest test first; a compiler cannot trace it.
     if not is_compiling() and not _is_any_autocast_enabled():
         return tensors
-    device_type = tensors[0].device.type
-    # Meta tensors have no autocast; querying it raises.
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if not is_autocast(tensors[0]):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     casts = (torch.float32, torch.float16, torch.bfloat16)
     return [t.to(dtype) if t is not None and t.dtype in casts else t for t in tensors]
 

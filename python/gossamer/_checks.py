@@ -10,6 +10,7 @@ import torch
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import TransformType, get_interpreter_stack
 
+from gossamer._autocast import is_autocast
 from gossamer._backend import takes
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -214,8 +215,7 @@ def check_input(x: torch.Tensor, columns: int, weight: torch.Tensor, symbols: st
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x must be on the device of the parameters, {weight.device}, got {x.device}")
-    # Meta tensors have no autocast; querying it raises.
-    if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+    if x.dtype != weight.dtype and not is_autocast(x):
         raise TypeError(f"x must have the dtype of the parameters, {weight.dtype}, got {x.dtype}")
 
 
@@ -300,6 +300,15 @@ def check_index(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
     if tensor.layout is not torch.strided:
         check_strided(name, tensor)
+
+
+def check_id_range(name: str, ids: torch.Tensor, limit: int, symbol: str) -> None:
+    """On the CPU, outside compilers, every id must be in ``[0, limit)``; ``symbol`` names the limit."""
+    if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():
+        return
+    least, most = (int(value) for value in ids.aminmax())
+    if least < 0 or most >= limit:
+        raise IndexError(f"{name} must be in [0, {symbol}) with {symbol}={limit}, got {least} to {most}")
 
 
 def check_traceable(name: str) -> None:

@@ -11,6 +11,7 @@ from gossamer._checks import (
     check_flag,
     check_floating,
     check_has_numbers,
+    check_id_range,
     check_index,
     check_input,
     check_number,
@@ -115,10 +116,7 @@ class ResidualQuantizer(nn.Module):
         check_index("codes", codes)
         check_shape("codes", codes, (*codes.shape[:-1], self.num_levels), "(..., L)")
         check_same_device(codebooks=self.codebooks, codes=codes)
-        if codes.is_cpu and codes.numel() and not torch.compiler.is_compiling():
-            least, most = (int(code) for code in codes.aminmax())
-            if least < 0 or most >= self.num_codes:
-                raise IndexError(f"codes must be in [0, K) with K={self.num_codes}, got {least} to {most}")
+        check_id_range("codes", codes, self.num_codes, "K")
         return sum(book[code] for book, code in zip(self.codebooks, codes.unbind(-1), strict=True))
 
     @torch.no_grad()

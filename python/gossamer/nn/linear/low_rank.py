@@ -9,6 +9,7 @@ from torch import nn
 from gossamer._checks import (
     FLOAT_DTYPES,
     check_flags,
+    check_id_range,
     check_index,
     check_input,
     check_padding_idx,
@@ -380,10 +381,7 @@ class LoRAEmbedding(_Mergeable):
         """The rows ``(..., D)`` of int ``ids (...)``."""
         check_index("ids", ids)
         check_same_device(weight=self.weight, ids=ids)
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-            low, high = (int(value) for value in ids.aminmax())
-            if low < 0 or high >= self.num_embeddings:
-                raise IndexError(f"ids must be in [0, N) with N={self.num_embeddings}, got {low} to {high}")
+        check_id_range("ids", ids, self.num_embeddings, "N")
         y = F.embedding(ids, self.weight, self.padding_idx)
         if self.merged:
             return y

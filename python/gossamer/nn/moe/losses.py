@@ -33,6 +33,7 @@ from gossamer._checks import (
     MAX_SIZE,
     check_flag,
     check_floating,
+    check_id_range,
     check_index,
     check_number,
     check_positive,
@@ -48,16 +49,23 @@ from gossamer.ops.dispatch import dispatch
 CLUSTER_FORMS = ("within", "all", "gap")
 
 
-def _layers(routing: Routing | Sequence[Routing], *, logits: bool = False) -> list[Routing]:
-    """One routing or several as a list, all with probabilities, or with logits, and the same E."""
+def _listed(routing: Routing | Sequence[Routing]) -> list[Routing]:
+    """One routing or several as a list."""
     if not isinstance(routing, (Routing, Sequence)):
         raise TypeError(f"routing must be a Routing or a sequence of them, got {type(routing).__name__}")
     layers = [routing] if isinstance(routing, Routing) else list(routing)
-    if not layers:
-        raise ValueError("routing must hold at least one Routing, got none")
     for layer in layers:
         if not isinstance(layer, Routing):
             raise TypeError(f"routing must be a Routing or a sequence of them, got {type(layer).__name__}")
+    return layers
+
+
+def _layers(routing: Routing | Sequence[Routing], *, logits: bool = False) -> list[Routing]:
+    """One routing or several as a list, all with probabilities, or with logits, and the same E."""
+    layers = _listed(routing)
+    if not layers:
+        raise ValueError("routing must hold at least one Routing, got none")
+    for layer in layers:
         if layer.logits is None if logits else not layer.has_probabilities:
             raise ValueError("routing must have logits for a balance loss, got a routing by given ids")
         if layer.logits is not None:
@@ -561,10 +569,7 @@ def _check_survivors(survivors: torch.Tensor, means: torch.Tensor) -> None:
     check_index("survivors", survivors)
     check_shape("survivors", survivors, (None,), "(S,)")
     check_same_device(routing=means, survivors=survivors)
-    if survivors.is_cpu and survivors.numel() and not torch.compiler.is_compiling():
-        least, most = (int(position) for position in survivors.aminmax())
-        if least < 0 or most >= means.shape[1]:
-            raise IndexError(f"survivors must be in [0, E/N) with E/N={means.shape[1]}, got {least} to {most}")
+    check_id_range("survivors", survivors, means.shape[1], "E/N")
 
 
 def _check_term(name: str, term: torch.Tensor, routing: Routing) -> None:
@@ -588,13 +593,8 @@ def router_losses(routing: Routing | Sequence[Routing], *, mask: torch.Tensor | 
         TypeError: ``routing`` is something else.
         ValueError: a mask or a term of another size or device.
     """
-    if not isinstance(routing, (Routing, Sequence)):
-        raise TypeError(f"routing must be a Routing or a sequence of them, got {type(routing).__name__}")
-    layers = [routing] if isinstance(routing, Routing) else list(routing)
     totals: dict[str, torch.Tensor] = {}
-    for layer in layers:
-        if not isinstance(layer, Routing):
-            raise TypeError(f"routing must be a Routing or a sequence of them, got {type(layer).__name__}")
+    for layer in _listed(routing):
         kept = _kept(mask, layer.expert_ids)
         for name, term in layer.losses.items():
             _check_term(f"routing.losses[{name!r}]", term, layer)

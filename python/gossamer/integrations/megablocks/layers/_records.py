@@ -8,6 +8,8 @@ import weakref
 import torch
 from torch import nn
 
+from gossamer._autocast import is_autocast
+
 _order = itertools.count()
 _layers: weakref.WeakSet[Recording] = weakref.WeakSet()
 
@@ -57,7 +59,6 @@ def clear(kind: type[Recording], model: nn.Module | None = None) -> None:
 
 def cast_if_autocast_enabled(x: torch.Tensor) -> torch.Tensor:
     """``x`` in autocast's dtype if autocast is on: moving rows in it saves bandwidth."""
-    # Meta tensors have no autocast; querying it raises.
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    if is_autocast(x):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

@@ -9,6 +9,7 @@ from gossamer._checks import (
     check_flag,
     check_flags,
     check_floating,
+    check_id_range,
     check_index,
     check_positive,
     check_same_device,
@@ -164,10 +165,8 @@ def group(
     num_rows = sorted_expert_idxs.shape[0]
     if A.shape[0] * fan_out != num_rows:
         raise ValueError(f"A must have R / fan_out = {num_rows} / {fan_out} rows, got {tuple(A.shape)}")
-    if num_rows and is_readable(sorted_expert_idxs):
-        least, most = (int(slot) for slot in sorted_expert_idxs.aminmax())
-        if least < 0 or most >= num_rows:
-            raise IndexError(f"sorted_expert_idxs must be in [0, R={num_rows}), got values from {least} to {most}")
+    if is_readable(sorted_expert_idxs):
+        check_id_range("sorted_expert_idxs", sorted_expert_idxs, num_rows, "R")
     if coeff is not None:
         coeff = coeff.reshape(-1)
         check_shape("coeff", coeff, (num_rows,), "(R,)")
