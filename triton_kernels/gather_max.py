@@ -14,7 +14,7 @@ import triton.language as tl
 from gossamer.triton_kernels.gather_reduce import NUM_WARPS, bag_range, flat_strides, load_ids, multiple, reduce_tile
 
 if TYPE_CHECKING:
-    from gossamer.ops.gather_reduce import GatherMax
+    from gossamer.ops.gather_max import GatherMax
 
 UNROLL = 4
 

@@ -202,7 +202,8 @@ def trust(topology):
 def test_bags(seed, mode):
     """Reductions, their gradients and steps on rows, where ids and offsets hold anything."""
     from gossamer.ops._bags import Bags
-    from gossamer.ops.gather_reduce import GatherDot, GatherMax, GatherReduce
+    from gossamer.ops.gather_max import GatherMax
+    from gossamer.ops.gather_reduce import GatherDot, GatherReduce
     from gossamer.ops.sparse_update import SparseUpdate, check_state
     from gossamer.triton_kernels import gather_max, gather_reduce, sparse_update
 

@@ -7,7 +7,7 @@ from helpers import assert_same_bits, check, flat, ragged, run
 
 import gossamer
 from gossamer.ops._bags import Bags
-from gossamer.ops.gather_reduce import GatherMax
+from gossamer.ops.gather_max import GatherMax
 
 
 def pooled(index, offsets=None, *, backend, **settings):

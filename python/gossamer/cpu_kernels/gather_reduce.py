@@ -12,7 +12,8 @@ from gossamer.cpu_kernels._native import DTYPES, empty_huge, matrix, unit_rows, 
 
 if TYPE_CHECKING:
     from gossamer.ops._bags import Bags
-    from gossamer.ops.gather_reduce import GatherDot, GatherMax, GatherReduce
+    from gossamer.ops.gather_max import GatherMax
+    from gossamer.ops.gather_reduce import GatherDot, GatherReduce
 
 
 def native_bags(bags: Bags) -> tuple[_C.Bags, tuple]:

@@ -6,7 +6,7 @@ these, any of them ``| None``, or another record or frozen dataclass. :func:`def
 that the fake kernel, autograd and the kernel families all take the record itself, and gradients are identified by field
 name.
 
-A primitive's file has, in this order (``ops/gather_reduce.py`` is an example with nested records, ``ops/activate.py``
+A primitive's file has, in this order (``ops/gather_max.py`` is an example with nested records, ``ops/activate.py``
 one without):
 
 1. the record, whose docstring gives shapes and dtypes; arguments that several primitives share, such as the lists of

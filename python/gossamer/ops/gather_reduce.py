@@ -11,19 +11,18 @@ import torch
 from gossamer import _backend
 from gossamer._checks import check_float_dtype, check_tensor
 from gossamer._numerics import accumulation_dtype
-from gossamer._row_codes import CODE_DTYPES, decode
-from gossamer.ops._bags import (
-    Bags,
-    apply_bounds,
-    check_bags,
-    check_offsets,
-    check_values,
-    check_weights_values,
-    raises,
+from gossamer._row_codes import CODE_DTYPES
+from gossamer.ops._bags import Bags, apply_bounds, check_bags, check_offsets, check_weights_values
+from gossamer.ops._gather_reduce_reference import (
+    check_lists,
+    count_by_bag,
+    gather_dot_reference,
+    gather_reduce_reference,
 )
 from gossamer.ops._groups import MAX_ROWS
 from gossamer.ops._records import define
 from gossamer.ops.dispatch import Dispatch, sort_ids
+from gossamer.ops.gather_max import GatherMax, gather_max
 
 
 class GatherReduce(NamedTuple):
@@ -42,17 +41,6 @@ class GatherReduce(NamedTuple):
     out_dtype: torch.dtype
     sparse_grad: bool = False
     scale: torch.Tensor | None = None
-
-
-class GatherMax(NamedTuple):
-    """Arguments of columnwise maxima: as in :class:`GatherReduce`, and whether to return the position of each
-    maximum.
-    """
-
-    table: torch.Tensor
-    bags: Bags
-    out_dtype: torch.dtype
-    need_argmax: bool
 
 
 class GatherDot(NamedTuple):
@@ -82,115 +70,10 @@ def _kernels(backend: str) -> ModuleType:
     return gather_reduce
 
 
-@functools.cache
-def _max_kernels(backend: str) -> ModuleType:
-    if backend == "native":
-        return _kernels(backend)
-    from gossamer.triton_kernels import gather_max
-
-    return gather_max
-
-
-def gather_reduce_reference(
-    table: torch.Tensor, bags: Bags, out_dtype: torch.dtype | None = None, scale: torch.Tensor | None = None
-) -> torch.Tensor:
-    """:func:`gather_reduce` in plain torch, differentiable, accumulated in float32 (float64 for float64).
-
-    Ids outside the table contribute nothing.
-    """
-    out_dtype = out_dtype or table.dtype
-    if bags.features.dim:
-        tables = zip(bags.features.tables(table), bags.of_features(), strict=True)
-        return torch.cat([gather_reduce_reference(part, own, out_dtype) for (_, part), own in tables], 1)
-    numbers = bags.numbers()
-    kept = bags.live(table.shape[0], numbers).nonzero().squeeze(1)
-    bag = numbers[kept]
-    accumulate = accumulation_dtype(table.dtype)
-    rows = bags.index.reshape(-1)[kept].long()
-    values = decode(table.index_select(0, rows), scale, rows, accumulate)
-    if bags.mode == "max":
-        return _max_by_bag(values, bag, bags.num_bags).to(out_dtype)
-    if bags.weights is not None:
-        values = values * bags.weights.reshape(-1)[kept].to(accumulate).unsqueeze(1)
-    out = torch.zeros(bags.num_bags, table.shape[1], dtype=accumulate, device=table.device)
-    out = out.index_add(0, bag, values)
-    if bags.mode == "mean":
-        out = out / _counts(bag, bags.num_bags, accumulate).unsqueeze(1)
-    return out.to(out_dtype)
-
-
-def _counts(bag: torch.Tensor, num_bags: int, dtype: torch.dtype) -> torch.Tensor:
-    """The number of live ids of each bag, at least 1, so that empty bags divide zero by one."""
-    counts = torch.zeros(num_bags, dtype=dtype, device=bag.device)
-    return counts.index_add(0, bag, counts.new_ones(bag.shape)).clamp(min=1)
-
-
-def _max_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> torch.Tensor:
-    """Columnwise maxima of each bag's values, taken at the first position of the maximum; zeros for empty bags."""
-    position = _argmax_by_bag(values.detach(), bag, num_bags)
-    # Bags without ids read an extra row of zeros, so that the result depends on the table for autograd even then.
-    values = torch.cat([values, values.new_zeros(1, values.shape[1])])
-    return values.gather(0, torch.where(position >= 0, position, values.shape[0] - 1))
-
-
-def _argmax_by_bag(values: torch.Tensor, bag: torch.Tensor, num_bags: int) -> torch.Tensor:
-    """For each bag and column the first row in ``values`` with the largest value, where NaN is the largest; or −1."""
-    at = bag.unsqueeze(1).expand_as(values)
-    nan = values.isnan()
-    largest = values.new_full((num_bags, values.shape[1]), -torch.inf).scatter_reduce(0, at, values, "amax")
-    best = torch.where(largest.gather(0, at).isnan(), nan, values == largest.gather(0, at))
-    rows = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
-    none = values.shape[0]
-    first = torch.full((num_bags, values.shape[1]), none, device=values.device)
-    first = first.scatter_reduce(0, at, torch.where(best, rows, none), "amin")
-    return torch.where(first < none, first, -1)
-
-
-def gather_dot_reference(args: GatherDot) -> torch.Tensor:
-    """``⟨dout[bag of p], table[index[p]]⟩``, over the bag's live ids for a mean, in plain torch, differentiable."""
-    table, bags = args.table, args.bags
-    if bags.features.dim:
-        # Positions outside a feature's bags get zeros for that feature.
-        return sum(
-            gather_dot_reference(GatherDot(args.dout[:, f.column : f.column + f.dim], part, own, args.dtype))
-            for (f, part), own in zip(bags.features.tables(table), bags.of_features(), strict=True)
-        )
-    wide = accumulation_dtype(table.dtype)
-    flat = bags.index.reshape(-1).long()
-    kept = bags.live(table.shape[0]).nonzero().squeeze(1)
-    bag = bags.numbers()[kept]
-    rows = decode(table[flat[kept]], args.scale, flat[kept], wide)
-    dot = (args.dout[bag].to(wide) * rows).sum(1)
-    if bags.mode == "mean":
-        dot = dot / _counts(bag, bags.num_bags, wide)[bag]
-    out = torch.zeros(flat.shape, dtype=args.dtype, device=table.device)
-    return out.index_copy(0, kept, dot.to(args.dtype)).view(bags.index.shape)
-
-
-def gather_max_reference(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columnwise maxima, and each one's position within its bag, int32, −1 in empty bags."""
-    table, bags = args.table, args.bags
-    out = gather_reduce_reference(table, bags, args.out_dtype)
-    if not args.need_argmax:
-        return out, torch.empty(0, out.shape[1], dtype=torch.int32, device=table.device)
-    kept = bags.live(table.shape[0]).nonzero().squeeze(1)
-    first = _argmax_by_bag(table[bags.index.reshape(-1)[kept].long()], bags.numbers()[kept], bags.num_bags)
-    if kept.numel() == 0:
-        return out, first.int()
-    position = kept[first.clamp(min=0)] - bags.begins().unsqueeze(1)
-    return out, torch.where(first >= 0, position, -1).int()
-
-
-def _check(args: GatherReduce | GatherMax | GatherDot) -> None:
-    """Check the values in the lists before the reference reads them."""
-    if raises(args.bags.index, "reference"):
-        check_values(args.bags, args.table.shape[0])
-
-
 def forward(args: GatherReduce, backend: str) -> torch.Tensor:
     """Sums and means outside autograd."""
     if backend == "reference":
-        _check(args)
+        check_lists(args)
         return gather_reduce_reference(args.table, args.bags, args.out_dtype, args.scale)
     return _kernels(backend).gather_reduce(args)
 
@@ -207,7 +90,7 @@ _gather_reduce = define("gather_reduce", GatherReduce, kernel=forward, fake=forw
 def dot(args: GatherDot, backend: str) -> torch.Tensor:
     """Products outside autograd."""
     if backend == "reference":
-        _check(args)
+        check_lists(args)
         return gather_dot_reference(args)
     return _kernels(backend).gather_dot(args)
 
@@ -219,25 +102,6 @@ def dot_fake(args: GatherDot) -> torch.Tensor:
 
 # out[p] = <dout[bag of p], table[index[p]]>, over the bag's live ids for a mean; zero where the id is skipped.
 gather_dot = define("gather_dot", GatherDot, kernel=dot, fake=dot_fake, returns="Tensor")
-
-
-def forward_max(args: GatherMax, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maxima outside autograd."""
-    if backend == "reference":
-        _check(args)
-        return gather_max_reference(args)
-    return _max_kernels(backend).gather_max(args)
-
-
-def forward_max_fake(args: GatherMax) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty tensors of the shapes that :func:`forward_max` returns."""
-    out = args.table.new_empty(args.bags.result_shape(args.table), dtype=args.out_dtype)
-    return out, out.new_empty(out.shape if args.need_argmax else (0, out.shape[1]), dtype=torch.int32)
-
-
-# Columnwise maxima over the live ids of each bag, and where each was found first: its position within the bag, -1 in
-# empty bags. NaN counts as the largest.
-gather_max = define("gather_max", GatherMax, kernel=forward_max, fake=forward_max_fake, returns="(Tensor, Tensor)")
 
 
 def transpose_bags(
@@ -257,7 +121,7 @@ def transpose_bags(
     bag = numbers[order]
     if bags.mode == "mean":
         slot = torch.where(live, numbers, bags.num_bags)
-        counts = _counts(slot, bags.num_bags + 1, dtype)
+        counts = count_by_bag(slot, bags.num_bags + 1, dtype)
         factor = 1 / counts[bag] if factor is None else factor.to(dtype) / counts[bag]
     return ids, bag, factor
 
@@ -379,40 +243,6 @@ def reduce_by_gradient(
     return _gather_reduce(GatherReduce(table, bags, out_dtype, scale=scale), backend)
 
 
-def _save_max(ctx, args: GatherMax, output):
-    ctx.set_materialize_grads(False)
-    ctx.shape, ctx.dtype = args.table.shape, args.table.dtype
-    ctx.mark_non_differentiable(output[1])
-    return GatherMax(None, args.bags, args.out_dtype, args.need_argmax), output[1]
-
-
-def _differentiate_max(ctx, args: GatherMax, tensors, dout: torch.Tensor | None, _):
-    if dout is None:
-        return {}
-    if not args.need_argmax:
-        raise RuntimeError("gather_max was called without need_argmax, but its gradient is wanted")
-    (argmax,) = tensors
-    num_rows, dim = ctx.shape
-    wide = dout.to(accumulation_dtype(ctx.dtype))
-    # Empty bags add their zeros to an extra row, which is dropped.
-    rows = torch.where(argmax >= 0, _max_rows(argmax, args.bags), num_rows)
-    at = rows * dim + torch.arange(dim, device=wide.device)
-    dtable = wide.new_zeros((num_rows + 1) * dim)
-    dtable = dtable.index_put((at.reshape(-1),), wide.reshape(-1), accumulate=True)
-    return {"table": dtable.view(num_rows + 1, dim)[:num_rows].to(ctx.dtype)}
-
-
-gather_max.differentiate(_save_max, _differentiate_max)
-
-
-def _max_rows(argmax: torch.Tensor, bags: Bags) -> torch.Tensor:
-    """The table row of each maximum in ``argmax (B, D)`` from gather_max; arbitrary where argmax is −1."""
-    flat = bags.index.reshape(-1).long()
-    if flat.numel() == 0:
-        return torch.zeros_like(argmax, dtype=torch.int64)
-    return flat[(bags.begins().unsqueeze(1) + argmax.clamp(min=0)).clamp(max=flat.numel() - 1)]
-
-
 def sum_slots(
     table: torch.Tensor,
     rows: torch.Tensor,
@@ -520,7 +350,7 @@ def dot_bags(table: torch.Tensor, bags: Bags, x: torch.Tensor, dtype: torch.dtyp
     """:func:`gossamer.gather_dot` of checked arguments, differentiable."""
     args = GatherDot(x, table, bags, dtype)
     if backend == "reference":
-        _check(args)
+        check_lists(args)
         return gather_dot_reference(args)
     return gather_dot(args, backend)
 
@@ -536,7 +366,7 @@ def reduce_bags(
     """:func:`gather_reduce` of checked arguments, differentiable."""
     args = GatherReduce(table, bags, out_dtype, sparse_grad, scale)
     if backend == "reference" and not sparse_grad:
-        _check(args)
+        check_lists(args)
         return gather_reduce_reference(table, bags, out_dtype, scale)
     if bags.mode == "max":
         need_argmax = table.requires_grad and torch.is_grad_enabled()
@@ -577,17 +407,3 @@ def check_lookup(
         check_offsets(index, offsets)
     if weights is not None:
         check_weights_values(weights, torch.ones((), dtype=torch.bool, device="cpu"))
-
-
-def gather_maxima(
-    table: torch.Tensor, index: torch.Tensor, offsets: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`gather_reduce` with ``mode="max"`` and ``bounds="drop"`` outside autograd, and the positions of the
-    maxima.
-
-    Returns:
-        ``(B, D)``, and the position of each maximum within its bag, ``(B, D)`` int32, -1 in empty bags.
-    """
-    backend = _backend.resolve("gather_reduce", table)
-    bags = apply_bounds(Bags(index, offsets, mode="max", drop=True), table.shape[0], "drop", None, backend)
-    return gather_max(GatherMax(table, bags, table.dtype, True), backend)

@@ -9,6 +9,7 @@ import torch
 
 from gossamer import _backend
 from gossamer._checks import check_same_device, check_tensor
+from gossamer.ops import gather_max as maxima
 from gossamer.ops import gather_reduce as lookup
 from gossamer.ops._bags import Bags, apply_bounds, check_bags
 from gossamer.ops._records import define
@@ -54,7 +55,7 @@ class GatherReduceStep(NamedTuple):
 
 def _forward(args: GatherReduceStep, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     if args.bags.mode == "max":
-        return lookup.forward_max(lookup.GatherMax(args.table, args.bags, args.out_dtype, need_argmax=True), backend)
+        return maxima.forward(maxima.GatherMax(args.table, args.bags, args.out_dtype, need_argmax=True), backend)
     none = torch.empty(0, dtype=torch.int32, device=args.table.device)
     gather = lookup.GatherReduce(args.table, args.bags, args.out_dtype, scale=args.update.scale)
     return lookup.forward(gather, backend), none
@@ -62,7 +63,7 @@ def _forward(args: GatherReduceStep, backend: str) -> tuple[torch.Tensor, torch.
 
 def _forward_fake(args: GatherReduceStep) -> tuple[torch.Tensor, torch.Tensor]:
     if args.bags.mode == "max":
-        return lookup.forward_max_fake(lookup.GatherMax(args.table, args.bags, args.out_dtype, need_argmax=True))
+        return maxima.forward_fake(maxima.GatherMax(args.table, args.bags, args.out_dtype, need_argmax=True))
     none = torch.empty(0, dtype=torch.int32, device=args.table.device)
     return lookup.forward_fake(lookup.GatherReduce(args.table, args.bags, args.out_dtype)), none
 

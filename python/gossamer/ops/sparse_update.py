@@ -19,7 +19,7 @@ from gossamer._step_rules import StepRule
 from gossamer.ops._bags import Bags, apply_bounds, check_bags, check_rows, check_values, elements_of_blocks, raises
 from gossamer.ops._records import define
 from gossamer.ops._step_reference import WHOLE_ROWS, RowSums, step_reference
-from gossamer.ops.gather_reduce import GatherMax, gather_max
+from gossamer.ops.gather_max import GatherMax, gather_max
 from gossamer.ops.gather_reduce_tables import TableLayout, check_tables
 from gossamer.optim import SGD, Optimizer
 

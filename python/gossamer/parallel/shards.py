@@ -13,7 +13,8 @@ from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.replicas import is_sharded
 from gossamer.ops.embedding import inverse_frequency, renorm_
-from gossamer.ops.gather_reduce import gather_maxima, gather_reduce
+from gossamer.ops.gather_max import gather_maxima
+from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.sparse_update import step_bags_, step_rows_
 from gossamer.optim import Optimizer
 from gossamer.parallel.placement import Split

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from gossamer.ops.gather_reduce import gather_maxima, gather_reduce
+from gossamer.ops.gather_max import gather_maxima
+from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.gather_reduce_step import STEP_TAKEN
 from gossamer.ops.hash_table import HashTableFull
 from gossamer.parallel import messages

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gossamer.ops.gather_reduce import gather_maxima, gather_reduce
+from gossamer.ops.gather_max import gather_maxima
+from gossamer.ops.gather_reduce import gather_reduce
 from gossamer.ops.gather_reduce_step import STEP_TAKEN
 from gossamer.ops.sparse_update import step_bags_
 
