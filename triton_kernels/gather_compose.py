@@ -17,7 +17,8 @@ from gossamer.triton_kernels.gather_reduce import NUM_WARPS, Lists, bag_range, f
 from gossamer.triton_kernels.map_ids import map_kind, map_numbers, map_row
 
 if TYPE_CHECKING:
-    from gossamer.ops.gather_compose import GatherCompose, Parts
+    from gossamer.ops.composed_rows import Parts
+    from gossamer.ops.gather_compose import GatherCompose
 
 UNROLL = 4
 _SIZES = [

@@ -17,7 +17,7 @@ from gossamer._numerics import rows_dtype
 from gossamer.triton_kernels.gather_compose import PartForm, PartLists, part_form, part_lists, part_row
 
 if TYPE_CHECKING:
-    from gossamer.ops.gather_compose import ComposeGradient
+    from gossamer.ops.gather_compose_gradient import ComposeGradient
 
 BLOCK_P, BLOCK_D, NUM_WARPS = 32, 32, 4
 _SIZES = [

@@ -40,7 +40,9 @@ from gossamer.nn import (
 )
 from gossamer.nn.embeddings.codes import CodedRowsTable
 from gossamer.ops._bags import Bags
-from gossamer.ops.gather_compose import ComposeGradient, GatherCompose, Parts, live_positions, part_rows
+from gossamer.ops.composed_rows import Parts, live_positions, part_rows
+from gossamer.ops.gather_compose import GatherCompose
+from gossamer.ops.gather_compose_gradient import ComposeGradient
 from gossamer.ops.gather_compose_step import GatherComposeStep
 from gossamer.ops.gather_matmul import GatherMatmul
 from gossamer.optim import SGD, Optimizer

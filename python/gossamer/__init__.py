@@ -19,10 +19,11 @@ from gossamer.ops.activate import activate
 from gossamer.ops.block_sparse import BlockSparseTensor, dds, dsd, sdd
 from gossamer.ops.block_topology import BlockTopology
 from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from gossamer.ops.composed_rows import Parts
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
-from gossamer.ops.gather_compose import Parts, gather_compose
+from gossamer.ops.gather_compose import gather_compose
 from gossamer.ops.gather_compose_step import gather_compose_step
 from gossamer.ops.gather_dot import gather_dot, gather_dot_step
 from gossamer.ops.gather_matmul import gather_matmul

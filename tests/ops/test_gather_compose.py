@@ -6,14 +6,10 @@ from composed_rows import CASES, PRIME, N, functions
 from helpers import assert_same_bits, check, flat, ragged, run
 
 import gossamer
-from gossamer.ops import gather_compose as gather_compose_module
-from gossamer.ops.gather_compose import (
-    ComposeGradient,
-    GatherCompose,
-    Parts,
-    RowSums,
-    checked_compose,
-)
+from gossamer.ops import gather_compose_gradient
+from gossamer.ops.composed_rows import Parts
+from gossamer.ops.gather_compose import GatherCompose, checked_compose
+from gossamer.ops.gather_compose_gradient import ComposeGradient, RowSums
 from gossamer.ops.map_ids import IdMaps
 
 CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -137,7 +133,7 @@ def test_large_tables(device):
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_gradients_by_sorted_rows(monkeypatch, device, case, mode):
     """Gradients of tables that are too large to be summed as a whole, which the others here are not."""
-    monkeypatch.setattr(gather_compose_module, "SMALL_TABLE", 0)
+    monkeypatch.setattr(gather_compose_gradient, "SMALL_TABLE", 0)
     parts, shape = CASES[case](device)
     ids, offsets = ragged([0, 3, 1, 300, 9, 0], N, device)
     inputs = {"table": torch.randn(shape, device=device)}

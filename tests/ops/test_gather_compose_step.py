@@ -9,7 +9,8 @@ import gossamer
 from gossamer import optim
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.random_block import block_parts
-from gossamer.ops.gather_compose import GatherCompose, checked_compose, composed_rows
+from gossamer.ops.composed_rows import composed_rows
+from gossamer.ops.gather_compose import GatherCompose, checked_compose
 from gossamer.ops.gather_compose_step import GatherComposeStep
 from gossamer.ops.sparse_update import check_state
 from gossamer.testing import assert_close

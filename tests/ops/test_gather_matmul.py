@@ -6,7 +6,7 @@ from helpers import assert_same_bits, check, flat, ragged, run
 
 import gossamer
 from gossamer.ops._bags import Bags
-from gossamer.ops.gather_compose import Parts
+from gossamer.ops.composed_rows import Parts
 from gossamer.ops.gather_matmul import GatherMatmul, gather_matmul_reference, pairs_of
 from gossamer.ops.map_ids import IdMaps
 

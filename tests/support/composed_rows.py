@@ -4,7 +4,8 @@ import torch
 
 import gossamer
 from gossamer.nn.embeddings.codes import pack_codes
-from gossamer.ops.gather_compose import GatherCompose, Parts, checked_compose, gather_compose_reference
+from gossamer.ops.composed_rows import Parts
+from gossamer.ops.gather_compose import GatherCompose, checked_compose, gather_compose_reference
 from gossamer.ops.map_ids import IdMaps, radix_maps
 
 N = 30

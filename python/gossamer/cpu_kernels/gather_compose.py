@@ -13,7 +13,9 @@ from gossamer.cpu_kernels.gather_reduce import kernel_dtype, native_bags
 from gossamer.cpu_kernels.map_ids import native_maps
 
 if TYPE_CHECKING:
-    from gossamer.ops.gather_compose import ComposeGradient, GatherCompose, Parts, RowSums
+    from gossamer.ops.composed_rows import Parts
+    from gossamer.ops.gather_compose import GatherCompose
+    from gossamer.ops.gather_compose_gradient import ComposeGradient, RowSums
     from gossamer.ops.gather_matmul import GatherMatmul
 
 

@@ -11,6 +11,8 @@ from gossamer import _backend
 from gossamer._checks import check_float, check_tensor
 from gossamer.ops import gather_compose as lookup
 from gossamer.ops._records import define
+from gossamer.ops.composed_rows import Parts
+from gossamer.ops.gather_compose_gradient import row_gradients, weight_gradients
 from gossamer.ops.gather_reduce import checked_out_dtype
 from gossamer.ops.gather_reduce_step import begin_step, check_handle
 from gossamer.ops.sparse_update import SparseUpdate, Update, check_state, check_updatable, update_rows_
@@ -60,8 +62,8 @@ def _differentiate(ctx, args: GatherComposeStep, tensors, dout: torch.Tensor):
     gradients = {"handle": torch.zeros_like(args.handle)}
     # These come before the step, because they need the rows that the forward pass read.
     if "compose.bags.weights" in ctx.needs:
-        gradients["compose.bags.weights"] = lookup.weight_gradients(compose, dout, ctx.backend)
-    bags, values = lookup.row_gradients(compose, dout, ctx.backend)
+        gradients["compose.bags.weights"] = weight_gradients(compose, dout, ctx.backend)
+    bags, values = row_gradients(compose, dout, ctx.backend)
     update = SparseUpdate(ctx.table, bags, values, None, ctx.update, compose.parts.whole_blocks)
     update_rows_(update, ctx.backend)
     return gradients
@@ -73,7 +75,7 @@ _gather_compose_step.differentiate(_save, _differentiate)
 def gather_compose_step(
     table: torch.Tensor,
     ids: torch.Tensor,
-    parts: lookup.Parts,
+    parts: Parts,
     offsets: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     *,

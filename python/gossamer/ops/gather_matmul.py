@@ -13,17 +13,10 @@ from gossamer._checks import check_float, check_positive, check_same_device, che
 from gossamer._numerics import accumulation_dtype
 from gossamer.ops._bags import Bags, check_bags
 from gossamer.ops._records import define
+from gossamer.ops.composed_rows import Parts, check_parts, check_values, counts_of, live_positions, part_rows
 from gossamer.ops.dispatch import sort_ids
-from gossamer.ops.gather_compose import (
-    Parts,
-    check_parts,
-    check_values,
-    counts_of,
-    live_positions,
-    part_rows,
-    pooled,
-    rows_of_positions,
-)
+from gossamer.ops.gather_compose import pooled
+from gossamer.ops.gather_compose_gradient import rows_of_positions
 from gossamer.ops.map_ids import IdMaps
 
 

@@ -9,7 +9,7 @@ from contracts import TrainedTableContract, assert_near
 import gossamer
 from gossamer.nn import ProductQuantizedEmbedding
 from gossamer.nn.embeddings.codes import code_bits, pack_codes, packed_width
-from gossamer.ops.gather_compose import unpack_codes
+from gossamer.ops.composed_rows import unpack_codes
 
 
 def case(**how):

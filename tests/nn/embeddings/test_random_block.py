@@ -6,7 +6,7 @@ from contracts import TrainedTableContract, assert_near
 
 from gossamer.nn import RandomBlockEmbedding
 from gossamer.nn.embeddings.random_block import block_parts
-from gossamer.ops.gather_compose import composed_rows
+from gossamer.ops.composed_rows import composed_rows
 
 
 def case(**how):

@@ -9,7 +9,7 @@ import torch
 
 from gossamer._checks import check_index, check_shape
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
-from gossamer.ops.gather_compose import PACKED_BITS, Parts
+from gossamer.ops.composed_rows import PACKED_BITS, Parts
 from gossamer.ops.map_ids import IdMaps
 
 # Rows of codes packed at a time: packing takes eight bytes per bit.

@@ -12,7 +12,7 @@ from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.nn.embeddings.table import Table
 from gossamer.nn.moe.experts.grouped import Experts
-from gossamer.ops.gather_compose import Parts
+from gossamer.ops.composed_rows import Parts
 from gossamer.ops.map_ids import IdMaps, map_ids, radix_maps
 
 PARTITIONS = ("quotient_remainder", "mixed_radix", "chinese_remainder", "path")

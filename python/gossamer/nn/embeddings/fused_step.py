@@ -7,8 +7,9 @@ import torch
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.table import Table, bytes_of, check_lists
 from gossamer.nn.replicas import check_alone, is_sharded
+from gossamer.ops.composed_rows import Parts
 from gossamer.ops.embedding import embedding
-from gossamer.ops.gather_compose import Parts, gather_compose
+from gossamer.ops.gather_compose import gather_compose
 from gossamer.ops.gather_compose_step import gather_compose_step
 from gossamer.ops.gather_dot import gather_dot, gather_dot_step
 from gossamer.ops.gather_reduce import gather_reduce

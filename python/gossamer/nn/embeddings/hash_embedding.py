@@ -6,7 +6,7 @@ import torch
 
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
-from gossamer.ops.gather_compose import Parts
+from gossamer.ops.composed_rows import Parts
 from gossamer.ops.map_ids import IdMaps, map_ids
 
 

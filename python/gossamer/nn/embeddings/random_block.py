@@ -7,7 +7,7 @@ import torch
 from gossamer._checks import check_flag, check_positive
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
-from gossamer.ops.gather_compose import Parts
+from gossamer.ops.composed_rows import Parts
 from gossamer.ops.map_ids import IdMaps
 
 #: A prime below 2³¹; hashed positions are taken modulo it first.

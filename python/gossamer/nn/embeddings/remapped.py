@@ -17,7 +17,7 @@ from gossamer.nn.embeddings.graph_clusters import resize_clusters
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
 from gossamer.nn.embeddings.table import item_nbytes
-from gossamer.ops.gather_compose import Parts
+from gossamer.ops.composed_rows import Parts
 from gossamer.ops.map_ids import IdMaps
 
 

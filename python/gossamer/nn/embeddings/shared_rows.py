@@ -6,7 +6,7 @@ import torch
 
 from gossamer._checks import check_index, check_positive, check_same_device
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.ops.gather_compose import OPERATIONS, Parts, composed_rows
+from gossamer.ops.composed_rows import OPERATIONS, Parts, composed_rows
 from gossamer.optim import Optimizer
 
 

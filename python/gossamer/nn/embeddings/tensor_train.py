@@ -11,7 +11,7 @@ import torch
 from gossamer._checks import check_index, check_positive, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget, check_lists, item_nbytes
-from gossamer.ops.gather_compose import Parts
+from gossamer.ops.composed_rows import Parts
 from gossamer.ops.gather_matmul import gather_matmul, pairs_of
 from gossamer.ops.map_ids import IdMaps, map_ids
 from gossamer.optim import Optimizer
