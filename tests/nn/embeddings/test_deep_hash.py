@@ -106,6 +106,7 @@ def test_budget():
         ({"norm": "none"}, "norm must be one of .*, got 'none'"),
         ({"distribution": "cauchy"}, "distribution must be one of .*, got 'cauchy'"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_layers": 10**12}, "num_layers must be at most 1024, got 1000000000000"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -14,6 +14,8 @@ from gossamer.ops.map_ids import IdMaps, map_ids
 
 DISTRIBUTIONS = ("uniform", "normal")
 NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+# Layers are Python objects: unlike a tensor that is too large, too many of them fill the memory before an error.
+MAX_LAYERS = 1024
 
 
 class DeepHashEmbedding(SeededMaps, Table):
@@ -30,7 +32,7 @@ class DeepHashEmbedding(SeededMaps, Table):
         embedding_dim: D.
         hidden_size: width of the hidden layers.
         num_hashes: k; even for ``"normal"``.
-        num_layers: hidden layers.
+        num_layers: number of hidden layers, at most 1024.
         num_values: m.
         distribution: of the entries of ``u(x)``: ``"uniform"`` in [−1, 1] or ``"normal"``.
         norm: ``"batch"``, over all ids of a call with their repetitions, or ``"layer"``, with which a vector does not
@@ -46,7 +48,7 @@ class DeepHashEmbedding(SeededMaps, Table):
 
     Raises:
         TypeError: a size or the seed is not an int.
-        ValueError: a size is below 1, k is odd for ``"normal"``, or a name is unknown.
+        ValueError: a size is below 1, ``num_layers`` is above 1024, k is odd for ``"normal"``, or a name is unknown.
 
     Source: Kang et al., "Learning to Embed Categorical Features without Embedding Tables for Recommendation", KDD 2021.
     """
@@ -71,6 +73,8 @@ class DeepHashEmbedding(SeededMaps, Table):
         super().__init__()
         self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
         check_positive(hidden_size=hidden_size, num_hashes=num_hashes, num_layers=num_layers, num_values=num_values)
+        if num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {num_layers}")
         if num_values < 2:
             raise ValueError(f"num_values must be at least 2, got {num_values}")
         for name, value, known in (("distribution", distribution, DISTRIBUTIONS), ("norm", norm, tuple(NORMS))):
