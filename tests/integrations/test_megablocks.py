@@ -357,6 +357,7 @@ def test_imports_and_megatron():
     ("options", "error", "message"),
     [
         ({"moe_expert_model_parallelism": True}, ValueError, "moe_expert_model_parallelism must be False"),
+        ({"remat_act_fn": "yes"}, TypeError, "remat_act_fn must be a bool, got str"),
         ({"expert_parallel_group": object()}, ValueError, "expert_parallel_group must be None"),
         ({"mlp_type": "moe"}, ValueError, "mlp_type must be one of .* got 'moe'"),
         ({"mlp_impl": "dense"}, ValueError, "mlp_impl must be one of .* got 'dense'"),

@@ -16,17 +16,6 @@ from gossamer.nn.moe.capacity import check_capacity_factor
 from gossamer.nn.moe.routing import check_selection
 
 DEFAULT_ACTIVATION_FN = functools.partial(F.gelu, approximate="tanh")
-_FLAGS = (
-    "bias",
-    "return_bias",
-    "fp16",
-    "bf16",
-    "moe_lbl_in_fp32",
-    "uniform_expert_assignment",
-    "shared_expert",
-    "shared_expert_weighted_sum",
-    "moe_zloss_in_fp32",
-)
 _DEFAULT_INIT = functools.partial(nn.init.normal_, mean=0.0, std=0.02)
 
 
@@ -149,7 +138,9 @@ def check_arguments(args: Arguments) -> None:
             raise ValueError(f"{name} must be one of {choices}, got {getattr(args, name)!r}")
     if not callable(args.activation_fn):
         raise TypeError(f"activation_fn must be callable, got {type(args.activation_fn).__name__}")
-    check_flags(**{name: getattr(args, name) for name in _FLAGS})
+    # Annotations are strings in this file.
+    flags = [field.name for field in dataclasses.fields(Arguments) if field.type == "bool"]
+    check_flags(**{name: getattr(args, name) for name in flags})
     check_number("moe_capacity_factor", args.moe_capacity_factor)
     check_number("moe_loss_weight", args.moe_loss_weight)
     check_number("moe_zloss_weight", args.moe_zloss_weight)
