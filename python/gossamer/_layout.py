@@ -30,3 +30,11 @@ def merged(operand: torch.Tensor, dim: int) -> torch.Tensor:
     if operand.dim() == 2 or operand.stride(0) != operand.shape[dim + 1] * operand.stride(dim + 1):
         return operand
     return side_by_side(operand, dim)
+
+
+def with_leading_sizes(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``rows (T, N)``, computed from those of ``x (..., C)``, as ``(..., N)``; unchanged if ``x`` has two dimensions.
+
+    A view costs autograd a node, and FSDP2 warns of modules that return views: changes in place bypass its hooks.
+    """
+    return rows if x.dim() == 2 else rows.view(x.shape[:-1] + rows.shape[-1:])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from gossamer import _backend
 from gossamer._autocast import autocast
 from gossamer._checks import check_float, check_same_device, check_same_dtype, check_scale, check_shape, last_size
+from gossamer._layout import with_leading_sizes
 from gossamer.ops._philox import drop
 from gossamer.ops._records import define, define_gradients
 from gossamer.ops._weights import Weight, as_weight, round_rows
@@ -357,4 +358,4 @@ def low_rank_linear(
     # A view would add a graph node, which costs up to ten microseconds forward and backward.
     rows = x if x.dim() == 2 else x.reshape(-1, c)
     y, _ = _low_rank_linear(LowRank(rows, operand, bias, seed, dropout), backend)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    return with_leading_sizes(y, x)

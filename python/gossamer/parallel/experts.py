@@ -20,6 +20,7 @@ from gossamer._checks import (
     check_same_device,
     check_sequence,
 )
+from gossamer._layout import with_leading_sizes
 from gossamer.nn.moe.experts.base import Columns, ExpertLayer
 from gossamer.nn.moe.routing import Routing
 from gossamer.parallel.exchange import RowExchange, raise_together
@@ -117,7 +118,7 @@ class ShardedExperts:
         if self.slices is not None:
             y = summed(y, self.slices.group)
         y = layer.leave(y)
-        return (y if x.dim() == 2 else y.view(x.shape)), other
+        return with_leading_sizes(y, x), other
 
     def _compute(
         self, layer: ExpertLayer, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, max_rows: int

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gossamer._checks import check_dtype, check_floating, check_same_device, check_shape, last_size
+from gossamer._layout import with_leading_sizes
 from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
 from gossamer.ops.low_rank import base_linear
 from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight
@@ -72,7 +73,7 @@ class QuantizedLinear(nn.Module):
             raise TypeError(f"x must be floating point, got {x.dtype}")
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         y = base_linear(rows, self.weight.weight(), self.bias)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return with_leading_sizes(y, x)
 
     def extra_repr(self) -> str:
         """Sizes."""

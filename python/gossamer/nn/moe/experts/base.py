@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gossamer._checks import check_traceable
+from gossamer._layout import with_leading_sizes
 from gossamer.nn.moe.capacity import limit_capacity
 from gossamer.nn.moe.routing import Routing, check_hidden, given_experts
 
@@ -118,8 +119,7 @@ class ExpertLayer(nn.Module):
             return y if beside is None else (y, other)
         tokens, routing = self.checked(x, routing, weights)
         y = self.compute(tokens, routing.dispatched())
-        # No view unless needed: FSDP2 warns of outputs that are views, since changes in place would bypass its hooks.
-        y = y if x.dim() == 2 else y.view(x.shape)
+        y = with_leading_sizes(y, x)
         return y if beside is None else (y, beside())
 
     def checked(

@@ -10,6 +10,7 @@ from torch import nn
 from gossamer._activation import Activation, as_activation
 from gossamer._autocast import no_autocast
 from gossamer._checks import check_flags, check_input, check_positive, check_traceable
+from gossamer._layout import with_leading_sizes
 from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.nn.embeddings.table import bytes_of
 from gossamer.nn.moe.experts.base import ExpertLayer
@@ -192,7 +193,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         check_traceable(type(self).__name__)
         routing = self.route(x)
         y = self.compute(x.reshape(-1, self.hidden_size), routing)
-        return y if x.dim() == 2 else y.view(x.shape)
+        return with_leading_sizes(y, x)
 
     def compute(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The output ``(T, H)`` of ``tokens (T, H)``; ids of N and more add nothing."""
