@@ -558,6 +558,11 @@ NUMBERS = {
         ValueError,
         r"probabilities must have shape \(T, E\) = \(3, 4\), got \(1, 4\)",
     ),
+    "probabilities that a z-loss does not read": (
+        lambda: nn.router_z_loss(dataclasses.replace(nn.softmax_topk(torch.ones(3, 4), 1), _probabilities=PAIR)),
+        ValueError,
+        r"probabilities must have shape \(T, E\) = \(3, 4\), got \(2,\)",
+    ),
     "experts drawn": (
         lambda: testing.random_expert_ids(4, 2, 3),
         ValueError,

@@ -43,7 +43,7 @@ from gossamer._checks import (
     check_tensor,
     check_written,
 )
-from gossamer.nn.moe.routing import Routing, token_entropy
+from gossamer.nn.moe.routing import Routing, check_probabilities, token_entropy
 from gossamer.ops.dispatch import dispatch
 
 CLUSTER_FORMS = ("within", "all", "gap")
@@ -70,8 +70,9 @@ def _layers(routing: Routing | Sequence[Routing], *, logits: bool = False) -> li
             raise ValueError("routing must have logits for a balance loss, got a routing by given ids")
         if layer.logits is not None:
             _check_logits(layer)
-        if isinstance(layer._probabilities, torch.Tensor):
-            check_shape("probabilities", layer._probabilities, (layer.num_tokens, layer.num_experts), "(T, E)")
+        if logits and isinstance(layer._probabilities, torch.Tensor):
+            # Other losses read the property, which makes this check.
+            check_probabilities(layer, layer._probabilities)
         if layer.num_experts != layers[0].num_experts:
             raise ValueError(
                 f"routing must have one number of experts, got {layers[0].num_experts} and {layer.num_experts}"

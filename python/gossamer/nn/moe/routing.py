@@ -107,6 +107,12 @@ def _check_fits(routing: Routing, dispatch: Dispatch) -> None:
         )
 
 
+def check_probabilities(routing: Routing, probabilities: torch.Tensor) -> None:
+    """The probabilities of a routing must be ``(T, E)``, on the device of its ids."""
+    check_shape("probabilities", probabilities, (routing.num_tokens, routing.num_experts), "(T, E)")
+    check_same_device(expert_ids=routing.expert_ids, probabilities=probabilities)
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class Routing:
     """The experts of T tokens: the result of a router, and the input of expert layers and balance losses.
@@ -229,8 +235,7 @@ class Routing:
             raise ValueError("logits must be there for probabilities that are a function of them, got None")
         else:
             found = self._probabilities(self.logits)
-        check_shape("probabilities", found, (self.num_tokens, self.num_experts), "(T, E)")
-        check_same_device(expert_ids=self.expert_ids, probabilities=found)
+        check_probabilities(self, found)
         return found
 
     @property
