@@ -360,7 +360,7 @@ class BlockTopology:
             raise ValueError(f"density must be from 0 to 1, got {density}")
         places = rows * cols
         nnz = round(density * places)
-        scores = torch.rand(rows, cols, generator=generator, device="cpu")
+        scores = torch.rand(rows, cols, generator=generator, device="cpu", dtype=torch.float32)
         if balanced and places:
             extra = torch.randperm(rows, generator=generator, device="cpu") < nnz % rows
             ranks = scores.argsort(1).argsort(1)

@@ -153,8 +153,8 @@ def _merge(blocks: torch.Tensor, tolerance: float, share: float, bands: int, see
     """The number of the stored block for each of ``blocks``, and the list of stored blocks."""
     generator = torch.Generator().manual_seed(seed)
     width = 9 * tolerance
-    directions = torch.randn(blocks.shape[1], bands, generator=generator)
-    shifts = torch.rand(bands, generator=generator) * width
+    directions = torch.randn(blocks.shape[1], bands, generator=generator, dtype=blocks.dtype)
+    shifts = torch.rand(bands, generator=generator, dtype=blocks.dtype) * width
     keys = ((blocks @ directions + shifts) / width).ceil().long()
     order = blocks.abs().quantile(0.75, dim=1).argsort(stable=True).tolist()
     stored = torch.arange(len(blocks))

@@ -123,7 +123,7 @@ class QuantizedEmbedding(FusedTable):
         self.scale.fill_(self.step_size)
 
         def drawn(rows: slice) -> torch.Tensor:
-            numbers = torch.empty(self.weight[rows].shape, device=self.weight.device).uniform_(-bound, bound)
+            numbers = torch.empty_like(self.weight[rows], dtype=torch.float32).uniform_(-bound, bound)
             limits = torch.iinfo(self.weight.dtype)
             return numbers.div_(self.step_size).add_(torch.rand_like(numbers)).floor_().clamp_(limits.min, limits.max)
 

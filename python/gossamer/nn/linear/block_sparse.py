@@ -425,7 +425,8 @@ def chosen_blocks(
         raise ValueError(f"criterion must be one of {CRITERIA} or a mask, got {criterion!r}")
     if criterion == "random":
         # Drawn on the CPU, so that the choice is the same on every device.
-        scores = torch.rand(grid_of(*weight.shape, block), generator=generator, device="cpu").to(weight.device)
+        grid = grid_of(*weight.shape, block)
+        scores = torch.rand(grid, generator=generator, device="cpu", dtype=torch.float32).to(weight.device)
     else:
         scores = block_scores(weight, block, criterion)
     return highest(scores, count)

@@ -234,12 +234,13 @@ class PruneAndRegrow:
     @staticmethod
     def _norms(layer: BlockSparseLinear) -> torch.Tensor:
         places = layer.topology.flat_places()
-        norms = torch.zeros(layer.block_mask.numel(), device=layer.values.device)
         values = layer.values.flatten(1).float()
+        norms = values.new_zeros(layer.block_mask.numel())
         return norms.scatter(0, places, torch.linalg.vector_norm(values, dim=1)).view_as(layer.block_mask)
 
     def _random(self, layer: BlockSparseLinear) -> torch.Tensor:
-        return torch.rand(layer.block_mask.shape, generator=self._generator, device="cpu").to(layer.values.device)
+        shape, device = layer.block_mask.shape, layer.values.device
+        return torch.rand(shape, generator=self._generator, device="cpu", dtype=torch.float32).to(device)
 
     def state_dict(self) -> dict[str, object]:
         """The number of steps and the state of the random choices. The positions of blocks are in the model's state."""

@@ -617,7 +617,8 @@ def given_experts(expert_ids: torch.Tensor, num_experts: int, weights: torch.Ten
         raise ValueError(f"expert_ids must have at least one column, got shape {tuple(expert_ids.shape)}")
     check_selection(num_experts, expert_ids.shape[1])
     if weights is None:
-        weights = torch.full(expert_ids.shape, 1.0 / expert_ids.shape[1], device=expert_ids.device)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        weights = torch.full(expert_ids.shape, 1.0 / expert_ids.shape[1], dtype=dtype, device=expert_ids.device)
     check_shape("weights", weights, tuple(expert_ids.shape), "(T, K)")
     if not weights.is_floating_point():
         raise TypeError(f"weights must be floating point, got {weights.dtype}")
