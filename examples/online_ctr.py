@@ -40,7 +40,7 @@ from ctr_server import Server
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gossamer.nn import EmbeddingFolder
-from gossamer.parallel import ShardedEmbeddingFolder
+from gossamer.parallel import ShardedEmbeddingFolder, shutdown
 
 try:
     import safetensors  # noqa: F401
@@ -272,14 +272,10 @@ def main(arguments: list[str] | None = None) -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # If a process ends, the others wait for it no longer than this.
     dist.init_process_group("nccl" if given.device == "cuda" else "gloo", timeout=timedelta(seconds=120))
-    try:
-        mesh = init_device_mesh(given.device, (ranks,), mesh_dim_names=("tables",))
-        status = run(given, settings, Console(quiet=rank > 0), mesh)
-        # Gloo's threads release the tensors of earlier collectives meanwhile, which they cannot once Python shuts down.
-        dist.barrier()
-        return status
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh(given.device, (ranks,), mesh_dim_names=("tables",))
+    status = run(given, settings, Console(quiet=rank > 0), mesh)
+    shutdown()
+    return status
 
 
 def run(given: argparse.Namespace, settings: Settings, console: Console, mesh: DeviceMesh | None = None) -> int:

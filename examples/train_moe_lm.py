@@ -458,16 +458,10 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = Ranks.join(settings.device) if given.expert_parallel else Ranks()
     # One process prints and writes for all.
     console = Console(quiet=ranks.rank > 0)
-    try:
-        status = run_all(given, settings, root, train, valid, console, ranks)
-        if ranks.group is not None:
-            # Gloo's threads release the tensors of earlier collectives meanwhile, which they cannot once Python shuts
-            # down.
-            dist.barrier()
-        return status
-    finally:
-        if ranks.group is not None:
-            dist.destroy_process_group()
+    status = run_all(given, settings, root, train, valid, console, ranks)
+    if ranks.group is not None:
+        gossamer.parallel.shutdown()
+    return status
 
 
 def run_all(

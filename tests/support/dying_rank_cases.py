@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 
 from gossamer.nn import EmbeddingFolder
-from gossamer.parallel import ShardedEmbeddingFolder, load_checkpoint, save_checkpoint, shard_tables
+from gossamer.parallel import ShardedEmbeddingFolder, load_checkpoint, save_checkpoint, shard_tables, shutdown
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 PLAN = {"bag": "row", "rows": "table", "many": "row", "plain": "table", "dynamic": "row"}
@@ -103,7 +103,7 @@ def main():
     assert load_checkpoint({"tables": tables}, FOLDER / "all") == {"steps": 2}
     found_again(tables, folder, 2)
     (FOLDER / "0.json").write_text(json.dumps({"steps": 2}))
-    dist.destroy_process_group()
+    shutdown()
 
 
 if __name__ == "__main__":

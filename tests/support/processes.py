@@ -22,6 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gossamer.parallel import shutdown
+
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
 
@@ -130,7 +132,7 @@ def main(cases, timeout=120):
             print(case.__name__, found[case.__name__], flush=True)
         dist.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    shutdown()
 
 
 def all_ranks_raise(kind, words, function, *args, **keywords):

@@ -302,6 +302,7 @@ def _measure_here(seconds: float, threads: int) -> dict:
     import torch
     import torch.distributed as dist
 
+    from gossamer.parallel import shutdown
     from gossamer.parallel.planning.measure import measure
 
     cuda = torch.cuda.is_available() and torch.cuda.device_count() > int(os.environ.get("LOCAL_RANK", 0))
@@ -309,10 +310,6 @@ def _measure_here(seconds: float, threads: int) -> dict:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.set_num_threads(threads)
     dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        measured = measure(seconds=seconds)
-        # Gloo's threads release the tensors of earlier collectives meanwhile, which they cannot once Python shuts down.
-        dist.barrier()
-        return measured
-    finally:
-        dist.destroy_process_group()
+    measured = measure(seconds=seconds)
+    shutdown()
+    return measured

@@ -15,6 +15,7 @@ from gossamer.parallel.experts import (
 )
 from gossamer.parallel.gradients import clip_grad_norm_
 from gossamer.parallel.placement import Lookups, TablePlan, measure_lookups, plan_tables
+from gossamer.parallel.processes import shutdown
 from gossamer.parallel.table_layers import (
     ShardedDynamicEmbedding,
     ShardedEmbedding,
@@ -49,4 +50,5 @@ __all__ = [
     "save_checkpoint",
     "shard_experts",
     "shard_tables",
+    "shutdown",
 ]

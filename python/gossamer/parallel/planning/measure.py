@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from gossamer.parallel.planning.exchanges import Cluster, Link
 from gossamer.parallel.planning.files import integer, number, read_object
+from gossamer.parallel.processes import shutdown
 
 ALL_TO_ALL, TWO_HOPS = "all-to-all", "all-to-all, two hops"
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
@@ -252,15 +253,10 @@ def read_link(path: Path) -> Link:
 def write_answer(output: Path, compute: Callable[[], object]) -> None:
     """Compute in the gloo processes that RANK and WORLD_SIZE describe; rank 0 writes its answer as JSON."""
     dist.init_process_group("gloo")
-    try:
-        found = compute()
-        if dist.get_rank() == 0:
-            output.write_text(json.dumps(found))
-        # No process may leave while another still waits for its part of a collective, or before gloo's threads have
-        # released the tensors of earlier ones, which they cannot once Python shuts down.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    found = compute()
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(found))
+    shutdown()
 
 
 def main(arguments: list[str] | None = None) -> None:
