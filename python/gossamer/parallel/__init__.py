@@ -5,7 +5,7 @@ It runs on the process groups, DeviceMesh and DTensor of torch.distributed: gloo
 
 from gossamer.parallel.checkpoint import load_checkpoint, save_checkpoint
 from gossamer.parallel.embedding_folder import ShardedEmbeddingFolder
-from gossamer.parallel.exchange import Flow, Pending, RowExchange, Traffic, count_traffic
+from gossamer.parallel.exchange import Pending, RowExchange
 from gossamer.parallel.experts import (
     ShardedExperts,
     check_overflow,
@@ -24,6 +24,7 @@ from gossamer.parallel.table_layers import (
     lookup,
 )
 from gossamer.parallel.tables import shard_tables
+from gossamer.parallel.traffic import Flow, Traffic, count_traffic
 
 __all__ = [
     "Flow",

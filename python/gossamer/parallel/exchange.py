@@ -2,106 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gossamer._checks import check_sizes, check_strided, check_tensor
+from gossamer.parallel.traffic import count_sent
 
 # Errors that raise_together raises with their own type on every rank; other errors become a RuntimeError.
 _KINDS = {kind.__name__: kind for kind in (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)}
-
-
-@dataclass
-class Flow:
-    """What one process sent under one label.
-
-    Attributes:
-        collectives: calls of a collective.
-        rows: rows sent to other ranks.
-        nbytes: bytes sent to other ranks, padding included.
-        seconds: time that the host waited for rows to arrive.
-    """
-
-    collectives: int = 0
-    rows: int = 0
-    nbytes: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class Traffic:
-    """What one process sent while :func:`count_traffic` was active.
-
-    Attributes:
-        flows: a :class:`Flow` by label, in the order of first use. A backward pass adds ``" gradient"`` to the label of
-            its forward pass, and sizes exchanged before the rows are counted under the label plus ``" sizes"``.
-    """
-
-    flows: dict[str, Flow] = field(default_factory=dict)
-
-    @property
-    def collectives(self) -> int:
-        """Calls of a collective."""
-        return sum(flow.collectives for flow in self.flows.values())
-
-    @property
-    def rows(self) -> int:
-        """Rows sent to other ranks."""
-        return sum(flow.rows for flow in self.flows.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes sent to other ranks."""
-        return sum(flow.nbytes for flow in self.flows.values())
-
-    def add(self, label: str, *, collectives: int = 0, rows: int = 0, nbytes: int = 0, seconds: float = 0.0) -> None:
-        """Add to the flow of ``label``."""
-        flow = self.flows.setdefault(label, Flow())
-        flow.collectives += collectives
-        flow.rows += rows
-        flow.nbytes += nbytes
-        flow.seconds += seconds
-
-    def __str__(self) -> str:
-        lines = [
-            f"{label}: {flow.collectives} collectives, {flow.rows} rows, {flow.nbytes} bytes, {flow.seconds:.4f} s"
-            for label, flow in self.flows.items()
-        ]
-        return "\n".join(lines)
-
-
-# Visible to every thread, as backward passes run on autograd's threads.
-_counters: list[Traffic] = []
-
-
-@contextlib.contextmanager
-def count_traffic() -> Iterator[Traffic]:
-    """Count what this process sends to others by :class:`RowExchange` inside the ``with`` block.
-
-    >>> with gossamer.parallel.count_traffic() as traffic:
-    ...     loss = model(x).sum()
-    ...     loss.backward()
-    >>> traffic.flows["tokens"].nbytes, traffic.flows["tokens gradient"].nbytes
-    """
-    traffic = Traffic()
-    _counters.append(traffic)
-    try:
-        yield traffic
-    finally:
-        # Compared by identity, since two counters with the same counts are equal.
-        _counters[:] = [counter for counter in _counters if counter is not traffic]
-
-
-def _count(label: str, **amounts: float) -> None:
-    for counter in _counters:
-        counter.add(label, **amounts)
 
 
 def check_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -255,7 +169,7 @@ class _Transfer:
                 async_op=True,
             )
             away = exchange.num_sent - exchange.sent_sizes[exchange.rank]
-            _count(label, collectives=1, rows=away, nbytes=away * self.layout.nbytes)
+            count_sent(label, collectives=1, rows=away, nbytes=away * self.layout.nbytes)
 
     def wait(self) -> list[torch.Tensor]:
         """The received tensors."""
@@ -265,7 +179,7 @@ class _Transfer:
                 self._work.wait()
             self._received = self.layout.unpack(self._buffers[1])
             self._work = self._buffers = None
-            _count(self.label, seconds=time.perf_counter() - begin)
+            count_sent(self.label, seconds=time.perf_counter() - begin)
         return self._received
 
     def release(self) -> None:
@@ -417,7 +331,7 @@ class RowExchange:
         dist.all_to_all_single(heard, told, group=group)
         both = torch.stack([told, heard]).tolist()
         waited = time.perf_counter() - begin
-        _count(label + " sizes", collectives=1, rows=world - 1, nbytes=(world - 1) * 24, seconds=waited)
+        count_sent(label + " sizes", collectives=1, rows=world - 1, nbytes=(world - 1) * 24, seconds=waited)
         if any(other != token for other, *_ in both[1]) or token == 0:
             descriptions = raise_together(error, group, description=description)
             listed = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
