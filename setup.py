@@ -292,6 +292,7 @@ setup(
         "gossamer.nn.linear",
         "gossamer.nn.moe",
         "gossamer.nn.moe.experts",
+        "gossamer.nn.moe.losses",
         "gossamer.nn.moe.routers",
         "gossamer.integrations",
         "gossamer.integrations.megablocks",
