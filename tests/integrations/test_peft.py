@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from peft_models import check_switched, drawn, llama, run, tokens, wrapped  # noqa: E402
 
 from gossamer.integrations import peft as integration  # noqa: E402
-from gossamer.integrations._peft_layers import nf4_weight  # noqa: E402
+from gossamer.integrations._peft_tuner import nf4_weight  # noqa: E402
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CONFIGS = {

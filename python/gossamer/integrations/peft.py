@@ -43,7 +43,9 @@ from gossamer.integrations import surgery
 from gossamer.integrations._calls import Running, Slot, scope
 from gossamer.integrations._peft_config import SUPPORTED as SUPPORTED
 from gossamer.integrations._peft_config import check_config
-from gossamer.integrations._peft_layers import BASE, EmbeddingMixin, ExpertsMixin, LinearMixin, parallel_obstacle
+from gossamer.integrations._peft_experts import ExpertsMixin, parallel_obstacle
+from gossamer.integrations._peft_layers import EmbeddingMixin, LinearMixin
+from gossamer.integrations._peft_tuner import BASE
 from gossamer.integrations._report import Replacement, SwitchedModule
 
 ADAPTER = "peft"
