@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from contracts.base import FLOATS, Contract, assert_gradients, assert_near, functional, hidden_states, parameters
 
 import gossamer
+from contracts.base import FLOATS, Contract, assert_gradients, assert_near, functional, hidden_states, parameters
 
 
 def bag_lists(num_embeddings, device):
