@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 TASTES = 4  # components of a hidden taste
-TAGS = 3  # of an item
+TAGS = 3  # tags of an item
 HISTORY = 6  # most items in a user's history
-FADE = 0.3  # of its lifetime, in which an id comes, and in which it goes
+FADE = 0.3  # fraction of its lifetime in which an id appears, and in which it fades
 DENSE = ("position", "freshness", "hour_sin", "hour_cos", "speed", "noise")
 FEATURES = ("user", "item", "tags", "history")
 TRAINING, HELD_OUT = 0, 1

@@ -20,10 +20,10 @@ from gossamer.optim import RowwiseAdagrad
 from gossamer.parallel import ShardedDynamicEmbedding, ShardedEmbeddingFolder, count_traffic, lookup, shard_tables
 
 TABLES = ("dynamic", "unfiltered", "hashing")
-SHARES = {"user": 0.35, "item": 0.25, "tags": 0.1, "history": 0.3}  # of all rows
-KEY_BYTES = 8 + 8 + 1 + 12 / 16  # of a hash table's slot: key, score, digest, share in a bucket
-ROW_BYTES = KEY_BYTES + 8 + 1  # beside a dynamic row's values and optimizer state: last use, changed or not
-SLOTS = 13 / 12  # for each key that a hash table may hold
+SHARES = {"user": 0.35, "item": 0.25, "tags": 0.1, "history": 0.3}  # fraction of all rows
+KEY_BYTES = 8 + 8 + 1 + 12 / 16  # bytes of a hash table's slot: key, score, digest, and a sixteenth of its bucket
+ROW_BYTES = KEY_BYTES + 8 + 1  # also the time of the last use, and whether the row has changed
+SLOTS = 13 / 12  # slots allocated per key of the capacity
 MEASURES = ("auc", "ceiling", "logloss", "clicks", "rows", "inserted", "evicted", "expired", "rejected")
 
 
@@ -211,7 +211,7 @@ class Trainer:
             self.dense.values(), flat.div_(self.ranks).split([p.numel() for p in self.dense.values()]), strict=True
         ):
             parameter.grad.copy_(part.view_as(parameter))
-        # A ring sends all but one part twice.
+        # A ring all-reduce sends each process's share of the others twice: (ranks − 1) / ranks of the bytes each time.
         self._spend("dense gradients", begin, 2 * flat.nbytes * (self.ranks - 1) / self.ranks, 1)
 
     def _gather(self, logits: torch.Tensor, numbers: list[float]) -> tuple[torch.Tensor, list[float]]:

@@ -12,7 +12,7 @@ from ctr_model import Settings, Trainer, auc, newest, open_folder
 
 from gossamer.nn import DeltaGap
 
-STALENESS = (0, 1, 3, 9)  # intervals between two deltas, by which what is served is older than what it is asked
+STALENESS = (0, 1, 3, 9)  # ages of the served model when it is scored, in intervals between deltas
 
 
 class Server:
@@ -80,8 +80,8 @@ class Server:
         try:
             contents = self.folder.apply_next()
         except ValueError as error:
-            # A gap may mean that the trainer resumed from its checkpoint and took another way; if reloading does not
-            # help at once, it never will.
+            # A gap may mean that the trainer resumed from its checkpoint and wrote other deltas since. Reloading is
+            # tried once: if it does not close the gap now, it never will.
             known = self._refuse(error)
             return (self._checkpoint_ahead() or (isinstance(error, DeltaGap) and not known)) and self._reload()
         if contents is None:
@@ -92,7 +92,7 @@ class Server:
         return True
 
     def answer(self) -> None:
-        """Score held-out events of the step that is served, and of later steps as if no delta came until then."""
+        """Score held-out events of the served step, and of later steps with the model of this step."""
         step, found = self.info["step"], []
         for distance in STALENESS:
             events = self.model.stream.events(step + distance * self.info["delta_every"], HELD_OUT)

@@ -1,6 +1,6 @@
 """Learn clicks online with tables that have no vocabulary, stop at any moment, and serve from a second process.
 
-    python examples/online_ctr.py --out runs/ctr                   # train; goes on where a stopped run was
+    python examples/online_ctr.py --out runs/ctr                   # train; continues a stopped run
     python examples/online_ctr.py --out runs/ctr --with-server     # and start the process below beside it
     python examples/online_ctr.py --serve runs/ctr/dynamic         # follow a trainer's deltas, and score
     python examples/online_ctr.py --out runs/ctr --compare         # also fixed tables of as many bytes, ids modulo size
@@ -79,7 +79,7 @@ def resume(trainer: Trainer, folder: Folder) -> bool:
             if mine[name] != theirs.get(name):
                 raise CannotResume(
                     f"{folder.path} holds a run with --{name.replace('_', '-')} {theirs.get(name)}, not {mine[name]}: "
-                    "go on with the same, or give another --out"
+                    "continue with that, or give another --out"
                 )
         contents = folder.load()
     except ValueError as error:
@@ -208,16 +208,18 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="DIR", help="folder for the run, or of the one to go on with")
+    where.add_argument("--out", type=Path, metavar="DIR", help="folder for a new run, or of the run to continue")
     where.add_argument("--serve", type=Path, metavar="DIR", help="follow the trainer that writes to DIR")
     parser.add_argument("--tables", choices=TABLES, default="dynamic", help="default dynamic")
-    parser.add_argument("--compare", action="store_true", help="a run with each kind of tables on the same stream")
+    parser.add_argument("--compare", action="store_true", help="one run with each kind of table, on the same stream")
     parser.add_argument("--with-server", action="store_true", help="start a process that serves the dynamic tables")
     plans = ("auto", "row", "table")
     text = "spread the tables over the processes of torchrun: auto (by bytes, the default), by rows or whole"
     parser.add_argument("--shard", choices=plans, nargs="?", const="auto", metavar="PLAN", help=text)
-    parser.add_argument("--quick", action="store_true", help="a small run of some 20 s")
-    parser.add_argument("--patience", type=float, default=60.0, metavar="S", help="a server waits so long for news")
+    parser.add_argument("--quick", action="store_true", help="a small run of about 20 s")
+    parser.add_argument(
+        "--patience", type=float, default=60.0, metavar="S", help="seconds that the server waits for the next delta"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     for names, kind, mark in ((SIZES, int, "N"), (RATES, float, "X")):
         for name, (default, quick) in names.items():

@@ -110,7 +110,7 @@ def _variants(problem: Problem, steps: Steps) -> tuple[list[Variant], dict, dict
             rounding = tuple(dataclasses.replace(w, activations="int8") for w in (gate_up, down))
             forward = steps.forward(layer, rounding, _clone)
             name = f"gossamer {kind} with int8 rows"
-            note = "activations rounded to 8 bits, which the check of others does not cover"
+            note = "activations rounded to 8 bits; not checked, since the truth does not round them"
             variants.append(Variant(name, PEER, forward, gate=None, note=note, bytes=moved))
     sample = make_sample(problem)
     return variants, gates, sizes

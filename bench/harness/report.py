@@ -180,8 +180,8 @@ def _cores(result: CaseResult) -> str:
     if all(near):
         return words
     return (
-        f"{words}; in {100 * (1 - sum(near) / len(near)):.0f}% of the samples the system had them further apart, and a "
-        f"ratio is of the rounds in which it had not, if there are {NEAR_ROUNDS}"
+        f"{words}; in {100 * (1 - sum(near) / len(near)):.0f}% of the samples the system had moved them further apart; "
+        f"ratios leave those rounds out if at least {NEAR_ROUNDS} others remain"
     )
 
 

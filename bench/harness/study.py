@@ -310,9 +310,9 @@ def notes(record: dict) -> list[str]:
     """The notes under the table: the rule, the cases' notes, and the cases left out, with the reasons."""
     counts = sorted({len(case["runs"]) for case in record["cases"]})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "no"
-    rule = "only where the nearest seeds of both are further apart than either's own"
+    rule = "only if the gap between the ranges of their seeds is wider than either range"
     lines = [
-        f"{seeds} seeds a case. A case is better or worse than {record['baseline']} {rule}. "
+        f"{seeds} seeds per case. A case counts as better or worse than {record['baseline']} {rule}. "
         f"A {record['effort']} run, {environment_line(record)}."
     ]
     lines += [f"* {case['name']}: {case['note']}." for case in record["cases"] if case["note"]]
@@ -325,7 +325,8 @@ def notes(record: dict) -> list[str]:
 def environment_line(record: dict) -> str:
     """The machine and versions that it ran on, in one line."""
     where = record["environment"]
-    return f"{where.get('cpu') or 'unknown processor'}, {where['threads']} threads, torch {where['versions']['torch']}"
+    threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
+    return f"{where.get('cpu') or 'unknown processor'}, {threads}, torch {where['versions']['torch']}"
 
 
 def check_seeds(seeds: int | None) -> None:

@@ -108,7 +108,9 @@ def draw_budgets(record: dict) -> Figure:
                 for axis in (by_bytes, by_time):
                     axis.axhspan(*point["range"], color=DENSE_COLOR, alpha=0.25, linewidth=0)
         by_bytes.set(xscale="log", xlabel="bytes served over the dense tables'", ylabel=metric["label"])
-        by_time.set(xscale="log", xlabel="us of thread to look 4096 impressions up, at a tenth or next to it")
+        by_time.set(
+            xscale="log", xlabel="us of thread time to look up 4096 impressions, at the budget nearest to a tenth"
+        )
         figure.legend(*by_bytes.get_legend_handles_labels(), fontsize=8, loc="outside right center")
         figure.suptitle(f"{record['title']} ({record['effort']} run)")
     return figure

@@ -1,4 +1,4 @@
-"""The table of a study run at several budgets: the headline at each, and which cases it tells apart."""
+"""The table of a study run at several budgets: the headline at each, and which cases the seeds distinguish."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import statistics
 from gossamer.bench.harness.markdown import markdown_table
 from gossamer.bench.harness.study import BASELINE, BETTER, WITHIN, WORSE, difference, spread
 
-# The columns are these budgets. A case with another budget stands in the nearest column, with its budget beside the
-# value.
+# The columns of the table are these budgets. Another budget is shown in the nearest column, beside its value.
 COLUMNS = {"1/2": 0.5, "1/4": 0.25, "1/10": 0.1, "1/100": 0.01}
-# A case that leaves more than this share of a budget unused is named.
+# A case that fills less than this share of a budget is named.
 FULL = 0.99
 
 
 def columns(case: dict) -> dict[str, str]:
-    """The budget of a case that stands in each column; if several would, the one nearest to the column's."""
+    """The budget of a case that each column shows: the nearest one where several belong there."""
     found: dict[str, str] = {}
     for label in case["runs"][0]["points"]:
         if not _is_number(label):
@@ -44,7 +43,7 @@ def at(case: dict, label: str, metric: str) -> list[float]:
 
 
 def _filled(case: dict) -> list[float]:
-    """The bytes counted divided by the budget, at each budget of each run."""
+    """The share of its budget that a case fills, at each budget of each run."""
     found = (run["points"].items() for run in case["runs"])
     return [point["share"] / float(label) for points in found for label, point in points if _is_number(label)]
 
@@ -60,7 +59,7 @@ def budget_points(case: dict) -> list[dict]:
 
 
 def markdown(record: dict) -> str:
-    """The headline of each case at each budget, and the cases that are not told apart from the best."""
+    """The headline of each case at each budget, and the cases that the seeds do not distinguish from the best."""
     headline = record["headline"]
     metric = next(metric for metric in record["metrics"] if metric["name"] == headline)
     base = next(case for case in record["cases"] if case["name"] == record["baseline"])
@@ -84,15 +83,15 @@ def markdown(record: dict) -> str:
     head = [metric["label"], *(f"{column} of the bytes" for column in COLUMNS)]
     text = markdown_table(head, lines) + "\n"
     text += (
-        f"“{BETTER}” and “{WORSE}” are against {base['name']}, where the nearest seeds of both are further apart than "
-        "either's own; where neither stands, the seeds do not tell the two apart. An "
-        "empty cell is a budget that the method does not reach, or was not asked to. "
+        f"“{BETTER}” and “{WORSE}” compare with {base['name']}: the gap between the ranges of their seeds is wider "
+        "than either range. Without either word, the seeds do not distinguish the two. An empty cell is a budget that "
+        "the method cannot reach, or was not run at. "
     )
     least = {case["name"]: min(_filled(case)) for case in others}
     most = max(max(_filled(case)) for case in others)
     small = [f"{name} ({share:.2f})" for name, share in sorted(least.items()) if share < FULL]
-    text += f"Bytes counted in the frozen tables are at most {most:.3f} of the budget, and at least {FULL}"
-    text += (f", but for {', '.join(small)} at the least" if small else "") + ".\n"
+    text += f"The frozen tables fill between {FULL} and {most:.3f} of the budget"
+    text += (f", except for {', '.join(small)}" if small else "") + ".\n"
     for column in COLUMNS:
         at_column = {
             case["name"]: at(case, chosen[column], headline)
@@ -106,7 +105,7 @@ def markdown(record: dict) -> str:
         same.remove(best)
         worse = sorted(set(at_column) - set(same) - {best})
         text += (
-            f"\nAt {column}, the least mean is {best}'s. Not told apart from it: {', '.join(same) or 'none'}. "
-            f"Worse than it: {', '.join(worse) or 'none'}.\n"
+            f"\nAt {column}, {best} has the lowest mean. Not distinguished from it: {', '.join(same) or 'none'}. "
+            f"Worse: {', '.join(worse) or 'none'}.\n"
         )
     return text

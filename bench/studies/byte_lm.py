@@ -69,11 +69,11 @@ class Recipe:
 
     Attributes:
         options: returns the options of its ``from_top_k``, given the sizes and the expected number of steps.
-        varying: whether it decides itself how many experts a token gets; it then ignores K.
+        varying: whether it chooses the number of experts of each token itself and ignores K.
         balanced: whether a balance loss and a z-loss train it.
         by_bias: whether a moving bias balances it; if the bias moves at all, it replaces those losses.
         by_cluster: whether MoEC's loss balances it.
-        note: what a reader must know to compare it with other routers.
+        note: what a reader needs to know to compare it with other routers.
     """
 
     options: Callable[[Sizes, int], dict[str, object]] = lambda sizes, steps: {}
@@ -89,16 +89,20 @@ def _around(sizes: Sizes, **options: object) -> dict[str, object]:
     return options | {"router_options": {"renormalize": sizes.top_k > 1}}
 
 
-_VARYING = "the number of experts of a token varies, and all are paid for"
-_SMOOTH = "it takes nearly all experts until its gates saturate, and all are paid for"
+_VARYING = "the number of experts per token varies; all of them count towards the budget of FLOPs"
+_SMOOTH = "it uses nearly all experts until its gates saturate; all of them count towards the budget of FLOPs"
 RECIPES: dict[str, Recipe] = {
     "softmax_topk": Recipe(lambda sizes, steps: {"renormalize": sizes.top_k > 1}),
     "sigmoid_topk": Recipe(by_bias=True, note="balanced by a moving bias, without a loss"),
-    "hash": Recipe(lambda sizes, steps: {"vocabulary": VOCABULARY}, balanced=False, note="a fixed table of bytes"),
+    "hash": Recipe(
+        lambda sizes, steps: {"vocabulary": VOCABULARY}, balanced=False, note="a fixed table from bytes to experts"
+    ),
     "domain": Recipe(lambda sizes, steps: {"num_domains": 4}, note="by kind of byte: letter, digit, space or other"),
     "top_p": Recipe(varying=True, note=_VARYING),
     "threshold": Recipe(varying=True, note=_VARYING),
-    "expert_choice": Recipe(balanced=False, note="it trains on choices that see later bytes, is judged causal"),
+    "expert_choice": Recipe(
+        balanced=False, note="in training its choices depend on later bytes; it is evaluated causally"
+    ),
     "prototype": Recipe(balanced=False),
     "tree": Recipe(balanced=False, note=_SMOOTH),
     "dselect_k": Recipe(balanced=False, note=_SMOOTH),
@@ -106,17 +110,19 @@ RECIPES: dict[str, Recipe] = {
         lambda sizes, steps: {"resample_every": max(steps // 10, 1)},
         balanced=False,
         by_cluster=True,
-        note="one expert a token, so more steps for its budget",
+        note="one expert per token, so its budget of FLOPs pays for more steps",
     ),
     "token_rounding": Recipe(
-        lambda sizes, steps: _around(sizes, tile=16), note="counts are rounded in training, by all tokens of a batch"
+        lambda sizes, steps: _around(sizes, tile=16),
+        note="in training, the experts' counts are rounded over all tokens of a batch",
     ),
     "broadcast_uncertain": Recipe(
-        lambda sizes, steps: _around(sizes), note="uncertain tokens go to all experts in training, which is paid for"
+        lambda sizes, steps: _around(sizes),
+        note="in training, uncertain tokens go to all experts, which counts towards the budget of FLOPs",
     ),
     "learned_permutation": Recipe(
         lambda sizes, steps: _around(sizes, phase_steps=max(steps // 10, 1)),
-        note="all experts take part in its search, the first tenth of the steps, and are paid for",
+        note="for the first tenth of the steps it searches with all experts, which count towards the budget of FLOPs",
     ),
 }
 # Coefficients of the routers' own loss terms.
@@ -130,18 +136,18 @@ OWN_TERMS = {
 
 
 def recipe_of(router: str) -> Recipe:
-    """The recipe of a router; the usual one for routers that have none."""
+    """The recipe of a router; the default one if :data:`RECIPES` has none."""
     return RECIPES.get(router, Recipe())
 
 
 def byte_kinds() -> torch.Tensor:
-    """``(256,)``: whether a byte is a letter, a digit, white space or something else."""
+    """``(256,)``: the kind of each byte: 0 a letter, 1 a digit, 2 white space, 3 anything else."""
     kinds = (str.isalpha, str.isdigit, str.isspace)
     return torch.tensor([next((k for k, test in enumerate(kinds) if test(chr(b))), 3) for b in range(VOCABULARY)])
 
 
 def make_router(name: str, sizes: Sizes, steps: int) -> Router:
-    """The router of that name for the sizes, before ``steps`` steps of training."""
+    """A new router by its name, with schedules for ``steps`` steps of training."""
     recipe = recipe_of(name)
     top_k = None if recipe.varying else sizes.top_k
     options = recipe.options(sizes, steps)
@@ -153,7 +159,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def of_equal_size(make: Callable[[int], nn.Module], parameters: int) -> int:
-    """The size at which a module has nearly that many parameters; their number grows with the size."""
+    """The size at which a module comes nearest to ``parameters`` parameters, whose number grows with the size."""
     with torch.device("meta"):
         high = 1
         while _numel(make(high)) < parameters:
@@ -405,7 +411,7 @@ def balance_terms(
     balance: Balance,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor | float:
-    """The mean of each layer's own terms: pooled layers could make up for each other's idle experts.
+    """The terms of each layer, averaged. Pooling the layers' tokens would hide an idle expert behind another layer's.
 
     With ``group``, terms other than a router's own are computed over the batches of all its ranks.
     """
@@ -472,5 +478,5 @@ def validate(
 
 
 def router_names() -> list[str]:
-    """The routers that differ in this model; softmax_topk does not, since it equals topk_softmax once renormalised."""
+    """The routers to compare: all but topk_softmax, which equals softmax_topk with renormalised weights."""
     return [name for name in ROUTERS if name != "topk_softmax"]

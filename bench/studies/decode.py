@@ -223,7 +223,10 @@ def cases() -> list[Case]:
     """Implementations of transformers, gossamer's in float, and each format, of experts and linear layers."""
     plain = [Case(EAGER, "float"), Case(GROUPED, "float"), Case(FLOAT, "float")]
     exact = [Case(f"{FLOAT} {f}", "quantised", "experts and linear layers") for f in FORMATS]
-    rounded = [Case(f"{FLOAT} {f}{ROWS}", "quantised", "their rows rounded to 8 bits too") for f in WHOLE_FORMATS]
+    rounded = [
+        Case(f"{FLOAT} {f}{ROWS}", "quantised", "experts and linear layers, with rows rounded to 8 bits too")
+        for f in WHOLE_FORMATS
+    ]
     return plain + exact + rounded
 
 

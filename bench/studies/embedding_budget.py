@@ -29,37 +29,39 @@ from gossamer.nn import (
 DENSE = "dense"
 # Methods that start from trained tables replace dense ones after half of the training.
 LATE = ("deduplicated", "masked", "product_quantized", "pruned", "semantic_id")
-# Variants of a method: its name, and options of its class.
+# Name of a variant -> the name of its method, and options of the method's class.
 FORMS = {"quantized_learned": ("quantized", {"step": "learned"})}
-# Budgets for methods that cannot reach a tenth, and for one whose codes cannot fill a half.
+# Budgets for methods that cannot reach a tenth of the bytes, and for one whose codes cannot fill half of them.
 OTHERS = {"quantized": (0.26, 0.51), "quantized_learned": (0.32, 0.57), "product_quantized": (0.1, 0.25)}
-# The most blocks of a table among which similar ones are searched for.
+# Similar blocks are searched for among at most this many blocks of a table.
 BLOCKS = 4000
-# The range of resolutions within which clusters are searched for.
+# The finest resolution at which clusters are searched for.
 FINEST = 1e5
 # Tables with fewer rows are not compressed.
 MIN_ROWS = 64
-GROUP, COARSE_GROUP = "at a tenth of the bytes", "at more bytes, which a method's codes or maps need"
+GROUP, COARSE_GROUP = "at a tenth of the bytes", "at a larger budget, which the codes or maps require"
 CASES = [DENSE, *METHODS, *FORMS]
+_HALFWAY = "built from the dense tables halfway through training"
 NOTES = {
-    "clustered": "in clusters of who met what in training, of a resolution that gives as many as fit",
-    "deduplicated": "starts from the dense tables half trained, in up to 4000 blocks of 4 rows or more, with the "
-    "tolerance that the budget needs",
+    "clustered": "clusters of ids that occur together in training, at the resolution whose number of clusters fits the "
+    "budget",
+    "deduplicated": f"{_HALFWAY}: at most {BLOCKS} blocks of at least 4 rows, at the smallest tolerance that meets the "
+    "budget",
     "deep_hash": "256 hashes and three layers",
-    "masked": "starts from the dense tables half trained",
-    "product_quantized": "starts from the dense tables half trained, which training holds to its end; not asked for a "
-    "half, which its codes of a million ids do not fill",
-    "pruned": "starts from the dense tables half trained, which training holds to its end",
+    "masked": _HALFWAY,
+    "product_quantized": f"{_HALFWAY}, which stay in memory until its end; not run at half of the bytes, which its "
+    "codes for a million ids cannot fill",
+    "pruned": f"{_HALFWAY}, which stay in memory until its end",
     "quantized": "at 0.26 of the bytes, in codes of 8 bits",
-    "quantized_learned": "at 0.32 of the bytes, in codes of 8 bits with a step a row",
-    "searched_dimension": "searches for two fifths of the training, shares the budget out by that, and then trains "
-    "what it chose",
-    "semantic_id": "starts from the dense tables half trained: its codes and rows are their residual k-means",
+    "quantized_learned": "at 0.32 of the bytes, in codes of 8 bits with one step size per row",
+    "searched_dimension": "searches for widths during the first two fifths of training, then divides the budget "
+    "accordingly and trains the chosen widths",
+    "semantic_id": f"{_HALFWAY}: codes and rows are their residual k-means",
 }
 
 
 def group(name: str) -> str:
-    """The group of a case."""
+    """The group of cases in which the table lists a case."""
     return GROUP if OTHERS.get(name, (0.1,))[0] == 0.1 else COARSE_GROUP
 
 
@@ -157,9 +159,10 @@ def options(method: str, budget: float, seed: int, settings: Settings) -> dict[s
 
 
 def clusters_of(source: Source, seed: int, steps: int, size: int, name: str, most: int) -> torch.Tensor:
-    """As many clusters of a field's ids as fit: from a resolution with at least this many, the smallest joined.
+    """As many clusters of a field's ids as fit the budget.
 
-    If even the finest resolution gives fewer, because too few ids occur together with others, the largest are split.
+    A resolution that gives at least this many clusters is found, and the smallest clusters are joined. If even the
+    finest resolution gives fewer, because too few ids occur together with others, the largest clusters are split.
     """
     resolution = 200.0
     while True:
@@ -307,7 +310,7 @@ def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
         "lookup_us": mean(first, "lookup_us"),
         "least": min(share for share, _ in points),
     }
-    # The picture omits the first point of a curve.
+    # Pictures omit the first point of a curve, so it is stored twice.
     x, y = zip(points[0], *points, strict=True)
     fields = ("loss", "auc", "served", "training", "step_ms", "lookup_us")
     at_budgets = {
@@ -329,9 +332,9 @@ STUDY = Study(
         Metric("auc", "AUC", 4),
         Metric("served", "MB served", 3),
         Metric("training", "MB in training", 3),
-        Metric("step_ms", "ms of a step's thread", 2),
-        Metric("lookup_us", "us of thread to look 4096 impressions up", 0),
-        Metric("least", "least share reached", 4),
+        Metric("step_ms", "ms of thread time per step", 2),
+        Metric("lookup_us", "us of thread time to look up 4096 impressions", 0),
+        Metric("least", "smallest share reached", 4),
     ),
     x_label="log10 of the share of the dense bytes",
     y_label="validation log loss",

@@ -80,7 +80,7 @@ def trained(seed: int, settings: Settings) -> tuple[ByteLM, float]:
 
 
 def alone(experts: Experts, settings: Settings) -> tuple[Experts, int]:
-    """Each gate and up matrix by its own largest singular values, and the parameters of the factors."""
+    """Each gate and up matrix by its own truncated singular value decomposition; the layer, and its parameters."""
     e, wide, h = experts.gate_up_proj.shape
     rank = round(settings.share * wide // 2 * h / (wide // 2 + h))
     u, s, vh = torch.linalg.svd(experts.gate_up_proj.detach().view(2 * e, wide // 2, h), full_matrices=False)
@@ -112,7 +112,7 @@ CASES = {
     "four latents": (functools.partial(latent, groups=4), ""),
     "bases, silu": (functools.partial(bases, nonlinearity="silu"), ""),
     "bases, tanh": (functools.partial(bases, nonlinearity="tanh"), ""),
-    "bases, linear": (functools.partial(bases, nonlinearity="identity"), "the same without a nonlinearity"),
+    "bases, linear": (functools.partial(bases, nonlinearity="identity"), "bases without a nonlinearity"),
 }
 
 

@@ -47,7 +47,10 @@ def read(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]
         try:
             head = next(lines, [])
             if missing := [name for name in columns if head.count(name) != 1]:
-                raise ValueError(f"{path} must have the columns {', '.join(columns)} once, got no single {missing[0]}")
+                raise ValueError(
+                    f"{path} must have each of the columns {', '.join(columns)} once, got {head.count(missing[0])} "
+                    f"of {missing[0]}"
+                )
             places = [head.index(name) for name in columns]
             for number, line in enumerate(lines, 2):
                 if number > MAX_LINES:
@@ -87,13 +90,13 @@ class MovieLens:
         for line, (item, words) in read(path, COLUMNS["item"]):
             found = [number(kinds, word) for word in words.split()][:KINDS]
             if item in items or not found:
-                raise ValueError(f"{path}, line {line}: must hold an item once and its class, got {item!r}, {words!r}")
+                raise ValueError(f"{path}, line {line}: must name a new item and its classes, got {item!r}, {words!r}")
             number(items, item)
             item_kinds.append([found[place % len(found)] for place in range(KINDS)])
         path = folder / f"{NAME}.user"
         for line, (user, code) in read(path, COLUMNS["user"]):
             if user in users:
-                raise ValueError(f"{path}, line {line}: must hold a user once, got {user!r} again")
+                raise ValueError(f"{path}, line {line}: must name a new user, got {user!r} again")
             number(users, user)
             user_zips.append(number(zips, code))
         path = folder / f"{NAME}.inter"

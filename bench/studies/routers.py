@@ -64,10 +64,11 @@ def cases() -> list[Case]:
     """Every router over plain experts, then every expert layer under the plain router."""
     found = [Case(name, ROUTERS, recipe_of(name).note) for name in router_names()]
     notes = {
-        "latent": "a latent of H/2, and I so that parameters are equal",
-        "basis": "E/4 bases, and I so that parameters are equal; its matrices are made anew each step",
-        "cartesian": "two halves of E experts with about I/2",
-        "product_key": "single neurons found by product keys, as many as parameters allow",
+        "latent": "a latent of size H/2; I is chosen for an equal number of parameters",
+        "basis": "E/4 bases; I is chosen for an equal number of parameters; each step computes the matrices from the "
+        "bases",
+        "cartesian": "two sub-layers of E experts each, with an intermediate size of about I/2",
+        "product_key": "experts are single neurons found by product keys, as many as the number of parameters allows",
     }
     found += [Case(name, EXPERTS, notes[name]) for name in EXPERT_LAYERS if name in notes]
     return found

@@ -131,10 +131,10 @@ def test_table_of_budgets():
     assert "| dense | 0.51 (0.50 to 0.52), baseline at 1 |  |  |  |\n" in text
     assert "| low | 0.52 (0.51 to 0.53) |  | 0.61 (0.60 to 0.62), worse |  |\n" in text
     assert "| codes |  | at 0.26: 0.51 (0.50 to 0.52) |  |  |\n" in text
-    assert "At 1/10, the least mean is low's. Not told apart from it: near. Worse than it: high.\n" in text
-    assert "At 1/2, the least mean is low's. Not told apart from it: none. Worse than it: none.\n" in text
+    assert "At 1/10, low has the lowest mean. Not distinguished from it: near. Worse: high.\n" in text
+    assert "At 1/2, low has the lowest mean. Not distinguished from it: none. Worse: none.\n" in text
     assert "At 1/4" not in text
-    assert "at most 0.995 of the budget, and at least 0.99, but for codes (0.80) at the least." in text
+    assert "between 0.99 and 0.995 of the budget, except for codes (0.80)." in text
 
 
 def test_picture_of_budgets():

@@ -60,14 +60,14 @@ def change(path, old, new):
 @pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [
-        ("inter", "rating:float", "stars:float", "inter must have the columns .* got no single rating:float"),
+        ("inter", "rating:float", "stars:float", "inter must have each of the columns .* once, got 0 of rating:float"),
         ("inter", "3\t7\t4", "4\t7\t4", "line 2: must name a known user and item, got '4' and '7'"),
         ("inter", "3\t9\t3", "3\t9\tnan", "line 3: rating must be from 1 to 5, got 'nan'"),
         ("inter", "3\t9\t3", "3\t9\tfour", "line 3: rating must be from 1 to 5, got 'four'"),
         ("inter", "3\t9\t3", "3\t9", "line 3: must have 4 columns, got 3"),
-        ("item", "9\tÇa", "7\tÇa", "line 3: must hold an item once and its class, got '7'"),
-        ("item", "Action War", " ", "line 3: must hold an item once and its class, got '9', ' '"),
-        ("user", "5\t24", "3\t24", "line 3: must hold a user once, got '3' again"),
+        ("item", "9\tÇa", "7\tÇa", "line 3: must name a new item and its classes, got '7'"),
+        ("item", "Action War", " ", "line 3: must name a new item and its classes, got '9', ' '"),
+        ("user", "5\t24", "3\t24", "line 3: must name a new user, got '3' again"),
     ],
 )
 def test_files_that_are_not_what_they_must_be(tmp_path, name, old, new, said):

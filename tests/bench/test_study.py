@@ -69,7 +69,7 @@ def test_table_and_notes():
     assert lines[0][1:] == ["better", "0.65 (0.60 to 0.70)", "3", "7"]
     text = "\n".join(study.notes(record))
     assert text.startswith(
-        "3 seeds a case. A case is better or worse than base only where the nearest seeds of both are"
+        "3 seeds per case. A case counts as better or worse than base only if the gap between the ranges of their"
     )
     assert "* low: its note." in text
     assert study.markdown(record).startswith("| " + " | ".join(head) + " |\n| --- | --- | --: | --: | --: |\n| low * |")

@@ -1,4 +1,4 @@
-"""The products for Hopper GPUs against float64, in shapes that reach every tile, load and epilogue of theirs.
+"""The products for Hopper GPUs against float64, in shapes that use every tile, load and epilogue.
 
 On such a GPU they run there. Elsewhere the same sources run on the host, against a model of the hardware, in the
 smaller shapes.
@@ -111,7 +111,7 @@ def layer_inputs(t, e, k, h, i, dtype, *, halves=2, transposed=False, bias=True)
 
 @pytest.mark.parametrize("seed", range(4))
 def test_foreign_dispatches(paired, seed):
-    """Slots, rows and offsets that hold anything lead to no access outside: what lies around the tensors stays."""
+    """Arbitrary slots, rows and offsets cause no access outside the tensors: the memory around them is unchanged."""
     draw = torch.Generator().manual_seed(seed)
     t, k, e, n, c = 40, 2, 3, 24, 16
     numbers = torch.tensor([-(2**31), -1, 0, 7, 79, 80, 81, 2**31 - 1])
@@ -187,7 +187,7 @@ def test_product_sizes(paired, n, c, x_grouped):
     ids=["a few", "of few rows", "many"],
 )
 def test_several_turns_of_each_warpgroup(paired, t, e, n, c):
-    """Sorted rows and a short K, so that the warpgroups take tiles in turn: several each, the ring going round."""
+    """Sorted rows and a short K, so that warpgroups take several tiles in turn and the ring of stages wraps around."""
     d = make_dispatch(t, e, 1, DEVICE, skew="zipf")
     inputs = product_inputs(t, e, n, c, BF16)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_small_layers(paired, dtype, interleaved, transposed, e):
 
 
 def forms():
-    """Activations in each order of gate and up; two of them also on the host, which has all of them elsewhere."""
+    """Activations in each order of gate and up; on the host two of them, since test_hopper_logic has all."""
     for name in sorted(ACTIVATIONS):
         for interleaved in (False, True)[: gossamer.Activation(name).halves]:
             marks = () if (name, interleaved) in (("gelu", False), ("clamped_swiglu", True)) else needs_gpu
@@ -291,7 +291,7 @@ def test_groups_do_not_touch_each_other(bad):
 
 
 def test_overwriting_the_preactivation():
-    """A backward pass that frees its graph writes over what it saved, with the same bits as one that does not."""
+    """A backward pass that frees its graph overwrites what it saved, and gives the bits of one that keeps it."""
     d = make_dispatch(20, 2, 2, DEVICE)
     leaves = {name: v.requires_grad_() for name, v in layer_inputs(20, 2, 2, 64, 136, HALF).items()}
     function, _ = layer(d)
@@ -335,7 +335,7 @@ def test_compiles_whole():
 
 
 def test_quantised_weights_are_refused():
-    """The CUDA kernels do not decode, and say so rather than leave it to others."""
+    """Quantised weights raise an error instead of falling back to other kernels."""
     d = make_dispatch(10, 3, 2, DEVICE)
     inputs = product_inputs(10, 3, 64, 64, HALF, bias=False)
     weight = gossamer.QuantizedExpertWeight.quantize(inputs["weight"], "int8")
@@ -344,7 +344,7 @@ def test_quantised_weights_are_refused():
 
 
 def test_refusals_say_why(monkeypatch):
-    """A dtype, a GPU or a build that the kernels are not for is refused in the public function, by name."""
+    """The public function refuses a dtype, a GPU or a build that the kernels do not support, and names it."""
     d = make_dispatch(10, 3, 2, DEVICE)
     inputs = product_inputs(10, 3, 64, 64, torch.float32)
     function, _ = product(d)

@@ -1,6 +1,6 @@
-"""What kernels for Hopper share with the host: layouts in shared memory, tile order, the ring of stages, activations.
+"""The parts of Hopper kernels that also compile for the host: shared-memory layouts, tile order, stages, activations.
 
-The hardware is played by models written here from its documentation: how the copy engine lays a box down, what a wgmma
+Models written from the documentation stand in for the hardware: where the copy engine writes a box, what a wgmma
 descriptor addresses, when a wait on an mbarrier returns.
 """
 
@@ -57,7 +57,7 @@ def operand(memory, descriptor, k_contiguous, size):
 @pytest.mark.parametrize("k_contiguous", [True, False])
 @pytest.mark.parametrize("size", [64, 128, 192, 256])
 def test_descriptors_read_what_the_copy_engine_wrote(k_contiguous, size):
-    """Every step of K of an operand, by descriptors, is that part of the tile; blocks of 64 too, as A is read."""
+    """Descriptors read each K step of an operand as that part of its tile, also by blocks of 64 rows, as for A."""
     assert (logic.PANEL, logic.PANEL_BYTES) == (PANEL, PANEL * ROW_BYTES)
     tile = np.arange(size * PANEL, dtype=np.uint16).reshape(size, PANEL)
     base = 3 * 1024
@@ -78,7 +78,7 @@ def test_descriptors_read_what_the_copy_engine_wrote(k_contiguous, size):
 
 
 def test_descriptors_reach_all_of_shared_memory():
-    """No address that a block can have is cut, nor carried into the next field by adding steps."""
+    """Every shared-memory address of a block fits its field, and adding K steps does not carry into the next field."""
     for address in range(0, 232448, 1024):
         descriptor = logic.operand_descriptor(address, True)
         assert (descriptor & 0x3FFF) << 4 == address
@@ -87,7 +87,7 @@ def test_descriptors_reach_all_of_shared_memory():
 
 
 def test_chunk_copies_lie_as_boxes_do():
-    """128 threads copy chunk t % 8 of rows t // 8, t // 8 + 16, ...: the same bytes as the copy engine's."""
+    """128 threads that copy chunk t % 8 of rows t // 8, t // 8 + 16, ... write the same bytes as the copy engine."""
     tile = np.arange(2 * PANEL * PANEL, dtype=np.uint16).reshape(2 * PANEL, PANEL)
     by_box, by_chunk = np.zeros((2, 2**14), np.uint16)
     place_panels(by_box, 0, tile)
@@ -99,7 +99,7 @@ def test_chunk_copies_lie_as_boxes_do():
 
 
 def test_staged_accumulators_come_out_by_rows():
-    """What lanes write as wgmma leaves it, lanes read as eight columns of a row, on all banks at once each time."""
+    """Lanes write fragments as wgmma leaves them and read eight columns of a row; each access uses all banks."""
     memory = np.full(16 * 32, -1)
     values = np.arange(16 * 32).reshape(16, 32)
     for j, half in itertools.product(range(4), range(2)):
@@ -146,7 +146,7 @@ def ragged_offsets(num_experts, generator):
 
 @pytest.mark.parametrize("num_experts", [1, 5, 31, 32, 33, 64, 70, 200])
 def test_row_tiles_are_each_found_once_in_order(num_experts):
-    """Any number of blocks shares out the tiles of a plain loop, whatever the groups; experts past a warp's 32 too."""
+    """Any number of blocks divide the tiles of a plain loop, for any groups, also for more than a warp's 32 experts."""
     generator = random.Random(num_experts)
     cases = [ragged_offsets(num_experts, generator) for _ in range(6)]
     cases += [[0] * (num_experts + 1), [0] * num_experts + [257], [0] + [1000] * num_experts]
@@ -176,7 +176,7 @@ def test_row_tiles_near_the_largest_row_count():
 
 
 def test_weight_tiles_are_each_found_once_in_order():
-    """Each expert's tiles, empty experts' too, eight row tiles by all columns at a time."""
+    """The tiles of each expert, empty ones included, eight row tiles by all columns at a time."""
     offsets = [0, 5, 5, 300]
     for rows, columns in ((1, 1), (3, 2), (8, 4), (19, 3)):
         order = [
@@ -193,7 +193,7 @@ def test_weight_tiles_are_each_found_once_in_order():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_tiles_stay_inside_the_rows_whatever_offsets_hold(seed):
-    """Every tile begins at a row that there is, and its group ends at one."""
+    """Every tile begins at an existing row, and its group ends at or before the last row."""
     generator, num_rows, experts = random.Random(seed), 300, 40
     numbers = [-(2**31), -1, 0, 5, 299, 300, 301, 2**31 - 1]
     offsets = [generator.choice(numbers) for _ in range(experts + 1)]
@@ -205,7 +205,7 @@ def test_tiles_stay_inside_the_rows_whatever_offsets_hold(seed):
 
 
 class Barrier:
-    """An mbarrier: a wait for a parity returns when the phase before the current one has it."""
+    """An mbarrier: a wait for a parity returns once the phase before the current one has that parity."""
 
     def __init__(self, arrivals):
         self.arrivals = self.pending = arrivals
@@ -224,7 +224,8 @@ class Barrier:
 class Block:
     """A block of threads: warps are generators that yield the barrier and parity they wait for.
 
-    Blocks of a cluster load a part of each stage into all of them; ``frees_all`` is how that is safe.
+    Each block of a cluster loads its part of a stage into all blocks. Therefore the consumers of every block must free
+    a stage before it is loaded again: ``frees_all``.
     """
 
     def __init__(self, stages, steps, *, ping_pong, chunk_copies, turns=True, blocks=1, frees_all=True):
@@ -365,7 +366,7 @@ def test_blocks_that_load_for_each_other(stages, steps, ping_pong, chunk_copies)
 
 
 def test_a_stage_must_be_free_in_both_blocks():
-    """A block that waits for its own readers alone writes over what the other has not read: the model shows it."""
+    """A block that waits only for its own readers overwrites what the other has not read; the model detects it."""
 
     def fails(seed):
         blocks = pair(4, [9] * 4, ping_pong=False, chunk_copies=True, frees_all=False)
@@ -378,7 +379,7 @@ def test_a_stage_must_be_free_in_both_blocks():
 
 
 def test_turns_are_needed():
-    """Without turns a warpgroup that comes two phases early takes an old phase for its own: the model shows it."""
+    """Without turns, a warpgroup two phases early mistakes an old phase for its own; the model detects it."""
     blocks = [Block(4, [9] * 4, ping_pong=True, chunk_copies=False, turns=False) for _ in range(20)]
     assert any(not block.run(random.Random(seed)) or block.wrong() for seed, block in enumerate(blocks))
 

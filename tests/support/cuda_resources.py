@@ -156,7 +156,7 @@ def _rows(source: str, log: str, cubin: Path) -> list[dict]:
         if row["shared"] > _C.hopper_logic.SHARED_LIMIT:
             faults.append(f"shared memory {row['shared']} is over the limit {_C.hopper_logic.SHARED_LIMIT}")
         if counts and (not row["hgmma"] or row["local"] or row["setmaxreg"] != 2):
-            faults.append("no wgmma, use of local memory, or registers not given and taken")
+            faults.append("no wgmma, use of local memory, or warpgroups that do not exchange registers")
         if counts and row["touched"]:
             faults.append(f"{row['touched']} instructions touch accumulators that are being computed")
         rows.append(row | {"error": "; ".join(faults)})

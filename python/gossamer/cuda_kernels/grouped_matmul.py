@@ -1,4 +1,4 @@
-"""Launchers of the grouped products on Hopper GPUs: the copy engine or chunk copies fill, warpgroups multiply."""
+"""Launchers of the grouped products on Hopper GPUs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows_times_weight(
     scatter: bool,
     zero_dropped: bool,
 ) -> torch.Tensor:
-    """Launch the grouped product; the result's rows are in slot order when ``scatter``, dropped ones zero if asked."""
+    """Launch the grouped product. ``scatter`` puts rows in slot order; ``zero_dropped`` zeroes dropped ones."""
     num_rows, n = groups.slots.shape[0], weight.shape[1]
     y = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:

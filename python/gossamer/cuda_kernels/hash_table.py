@@ -86,7 +86,7 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
 
 
 def start_rows(values: torch.Tensor, slots: torch.Tensor, status: torch.Tensor, rows: torch.Tensor | None) -> None:
-    """``values[slots] = rows`` in place for positions that made their row; zeros for None."""
+    """``values[slots] = rows`` in place at positions that created their row; zeros for None."""
     if slots.numel() == 0:
         return
     rows = None if rows is None else _aligned(rows)
