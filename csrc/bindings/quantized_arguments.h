@@ -10,8 +10,9 @@ namespace gossamer::bindings {
 using PySizes = std::pair<int64_t, int64_t>;
 // Of NF4: (code, nested code, nested scales, offset, nested shift); all but the first 0 without double quantisation
 using PyBlocks = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int>;
-// (format, data, scale, scale dtype, (N, C), (row shift, column shift), (scale rows, scale columns), blocks, rounds rows)
-using PyQuantized = std::tuple<std::string_view, uintptr_t, uintptr_t, int, PySizes, PySizes, PySizes, PyBlocks, bool>;
+// (format, data, scale, scale dtype, (N, C), (row shift, column shift), (scale rows, scale columns), blocks, (rounds rows, in panels))
+using PyQuantized =
+    std::tuple<std::string_view, uintptr_t, uintptr_t, int, PySizes, PySizes, PySizes, PyBlocks, std::pair<bool, bool>>;
 
 // Formats that differ only in their scales share an enumerator.
 inline WeightFormat weight_format(std::string_view name) {
@@ -22,7 +23,7 @@ inline WeightFormat weight_format(std::string_view name) {
 }
 
 inline QuantizedWeights quantized_weights(const PyQuantized& w) {
-  const auto& [format, data, scale, scale_dtype, sizes, shifts, scales, blocks, rounds_rows] = w;
+  const auto& [format, data, scale, scale_dtype, sizes, shifts, scales, blocks, how] = w;
   const auto& [code, nested_code, nested_scale, offset, nested_shift] = blocks;
   return {.format = weight_format(format),
           .data = pointer<const uint8_t>(data),
@@ -40,7 +41,8 @@ inline QuantizedWeights quantized_weights(const PyQuantized& w) {
           .nested_scale = pointer<const float>(nested_scale),
           .offset = offset ? *pointer<const float>(offset) : 0.0f,
           .nested_shift = nested_shift,
-          .rounds_rows = rounds_rows};
+          .rounds_rows = how.first,
+          .in_panels = how.second};
 }
 
 }  // namespace gossamer::bindings

@@ -186,10 +186,9 @@ class Int8Memory {
 };
 
 // One step along the depth of few_int8_product(): `count` columns, `run` of which share scales.
+template <int Vectors>
 struct Int8Step {
-  const UInts* words;
-  const uint8_t* const* rows;
-  int64_t ahead;
+  CodeWords<Vectors> words;
   const uint32_t* x;
   const float* x_scales;
   const int32_t* starts;
@@ -198,11 +197,10 @@ struct Int8Step {
   int64_t count, run, group_shift, first_column;
 };
 
-template <WeightFormat Format, int Tokens, int64_t Columns>
-__attribute__((noinline)) void add_int8_step(const Int8Step& step, Vec<float>* total) {
+template <WeightFormat Format, int Tokens>
+__attribute__((noinline)) void add_int8_step(const Int8Step<kCodeVectors<Tokens>>& step, Vec<float>* total) {
   constexpr int lanes = kCodes, in_word = kWordBits / kCodeBits<Format>, vectors = kCodeVectors<Tokens>,
                 parts = kWordsInWord<Format>;
-  constexpr int64_t words_of_step = Columns / in_word;
   const float* x_scales = step.x_scales;
   const int32_t* starts = step.starts;
   for (int64_t r = 0; r < step.count; r += step.run, x_scales += step.stride, starts += step.stride) {
@@ -215,9 +213,9 @@ __attribute__((noinline)) void add_int8_step(const Int8Step& step, Vec<float>* t
       const uint32_t* values = step.x + (parts == 1 ? i : i / 4 * 8 + i % 4) * Tokens;
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
-        __builtin_prefetch(step.rows[v * lanes + i % lanes] + step.ahead + i / lanes * 64, 0, 2);
+        step.words.fetch_ahead(v, i);
         UInts raised[parts];
-        raise<Format>(step.words[v * words_of_step + i], raised);
+        raise<Format>(step.words.at(v, i), raised);
         const uint32_t* factors = values;
         asm volatile("" : "+r"(factors));
 #pragma GCC unroll 2
@@ -242,19 +240,18 @@ __attribute__((noinline)) void add_int8_step(const Int8Step& step, Vec<float>* t
 template <WeightFormat Format, int Tokens>
 void few_int8_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Int8Rows& x, float* c, int64_t c_stride) {
   constexpr int lanes = kCodes, bits = kCodeBits<Format>, vectors = kCodeVectors<Tokens>, height = vectors * lanes;
-  constexpr int64_t columns = 256, words_of_step = columns * bits / kWordBits;
+  constexpr int64_t columns = 256;
   const int64_t depth = w.depth();
   const int shift = std::min(w.weights->column_shift, 40), x_shift = int8_shift(w);
-  alignas(64) UInts words[vectors * words_of_step];
+  alignas(64) uint8_t words[CodeWords<vectors>::room(columns * bits / kWordBits)];
   for (int64_t i = 0; i < count; i += height) {
     CodeRows<vectors> rows(w, n + i, n + count);
     Vec<float> total[vectors * Tokens] = {};
     for (int64_t k = 0; k < depth; k += columns) {
       const int64_t last = std::min(depth, k + columns);
-      rows.gather(k * bits / 8, (last * bits + 7) / 8, words, words_of_step);
       const int64_t group = k >> x_shift;
-      add_int8_step<Format, Tokens, columns>(
-          {words, rows.rows(), rows.ahead(k, columns), x.words.data + k / 4 * Tokens, x.scales + group * x.stride,
+      add_int8_step<Format, Tokens>(
+          {rows.words(k, columns, words), x.words.data + k / 4 * Tokens, x.scales + group * x.stride,
            x.starts + group * x.stride, x.stride, rows.scales(k >> shift), last - k, int64_t{1} << x_shift, shift, k},
           total);
     }
@@ -358,9 +355,9 @@ void many_int8_product(const QuantizedMatrix& w, int64_t n, int64_t count, const
     ScalesOfRows scales_of_rows(w, n + i, n + i + rows);
     for (int64_t k = 0; k < depth; k += room) {
       const int64_t terms = std::min(room, depth - k), words = (terms + 31) / 32 * kWordsTogether;
-      for (int j = 0; j < rows; ++j) {
-        raise_row<Format>(w.row(n + i + j) + k * kCodeBits<Format> / 8, terms, tile + j * words_of_row);
-      }
+      each_row_of_tile(w, n + i, rows, k * kCodeBits<Format> / 8, terms * kCodeBits<Format> / 8,
+                       [&](int64_t j, const uint8_t* codes)
+                           __attribute__((always_inline)) { raise_row<Format>(codes, terms, tile + j * words_of_row); });
       std::fill(tile + rows * words_of_row, tile + (rows + 3) / 4 * 4 * words_of_row, 0u);
       scales_of_rows.at(k, k + terms, run, scales);
       auto ahead = tile_ahead(w, n + i, rows, k, room);

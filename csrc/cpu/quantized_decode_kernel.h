@@ -40,7 +40,10 @@ struct QuantizedMatrix {
   bool transposed;
 
   int64_t depth() const { return transposed ? weights->rows : weights->columns; }
+  // Of weights that are not in panels.
   const uint8_t* row(int64_t n) const { return weights->data + (expert * weights->rows + n) * weights->row_bytes(); }
+  // The first word of row n of weights in panels; the next ones are kCodePanel words apart.
+  const uint8_t* panel_row(int64_t n) const { return row(n / kCodePanel * kCodePanel) + n % kCodePanel * kWordBytes; }
   // The position of the scale of a row's first columns; the scales of later columns follow.
   int64_t scales(int64_t n) const {
     return (expert * weights->scale_rows + (n >> weights->row_shift)) * weights->scale_columns;
@@ -381,17 +384,60 @@ GOSSAMER_INLINE void store_decoded(T* to, Vec<float> v, int count) {
   }
 }
 
-// Columns c .. c+count of row n, where c is a multiple of the columns of a scale: only the codes, or multiplied by their
-// scales.
+// Rows of a tile of codes are at most this long.
+constexpr int64_t kTileBytes = 256;
+
+// Copies `bytes` bytes of rows n .. n+count, of one panel, from the byte `from` on, `stride` apart: multiples of a word, and `stride`
+// of whole vectors.
+__attribute__((noinline)) inline void copy_from_panel(const QuantizedMatrix& w, int64_t n, int64_t count, int64_t from,
+                                                      int64_t bytes, uint8_t* to, int64_t stride) {
+  constexpr int64_t lanes = kCodes, line = kCodePanel * kWordBytes;
+  const uint8_t* words = w.row(n / kCodePanel * kCodePanel) + from * kCodePanel;
+  const int64_t first = n % kCodePanel, rows = std::min(count, kCodePanel - first);
+  for (int64_t group = first / lanes * lanes; group < first + rows; group += lanes) {
+    for (int64_t at = 0; at < bytes; at += lanes * kWordBytes) {
+      const int64_t valid = std::min(lanes, (bytes - at) / kWordBytes);
+      Vec<float> v[lanes] = {};
+      if (valid == lanes) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i)
+          v[i] = load_bytes<Vec<float>>(words + at * kCodePanel + i * line + group * kWordBytes);
+      } else {
+        for (int64_t i = 0; i < valid; ++i)
+          v[i] = load_bytes<Vec<float>>(words + at * kCodePanel + i * line + group * kWordBytes);
+      }
+      transpose<float>(v);
+      for (int64_t r = std::max(first, group); r < std::min(first + rows, group + lanes); ++r) {
+        std::memcpy(to + (r - first) * stride + at, &v[r - group], sizeof v[0]);
+      }
+    }
+  }
+}
+
+// Calls f(i, codes) with the bytes of row n+i from the byte `from` on, `bytes` of them, for `count` rows.
+template <class F>
+GOSSAMER_INLINE void each_row_of_tile(const QuantizedMatrix& w, int64_t n, int64_t count, int64_t from, int64_t bytes, F&& f) {
+  alignas(64) uint8_t copied[kCodePanel * kTileBytes];
+  const bool in_panels = w.weights->in_panels;
+  for (int64_t i = 0, first = 0; i < count; ++i) {
+    if (in_panels && (i == 0 || (n + i) % kCodePanel == 0)) {
+      first = i;
+      copy_from_panel(w, n + i, count - i, from, bytes, copied, kTileBytes);
+    }
+    f(i, in_panels ? copied + (i - first) * kTileBytes : w.row(n + i) + from);
+  }
+}
+
+// Columns c .. c+count of row n, whose codes are at `from`, where c is a multiple of the columns of a scale: only the codes, or
+// multiplied by their scales.
 template <WeightFormat Format, bool kScaled, class T>
 GOSSAMER_INLINE void decode_run(const QuantizedMatrix& w, const Codebook<Format>& book, int64_t n, int64_t c, int64_t count,
-                                T* out) {
+                                const uint8_t* from, T* out) {
   constexpr int64_t per_byte = 8 / kCodeBits<Format>;
   // The smallest group that shares a scale.
   constexpr int64_t together = 32;
   const int64_t scales = w.scales(n), last = c + count;
   const int shift = kScaled ? w.weights->column_shift : 62;
-  const uint8_t* from = w.row(n) + c / per_byte;
   while (c < last) {
     const int64_t end = std::min(last, ((c >> shift) + 1) << shift);
     [[maybe_unused]] const float scale = kScaled ? w.scale(scales + (c >> shift)) : 1.0f;
@@ -444,7 +490,11 @@ __attribute__((noinline)) void decode_tile(const QuantizedMatrix& w, int64_t n, 
                                            int64_t stride) {
   visit_format(w.weights->format, [&](auto format) {
     const Codebook<format> book(*w.weights);
-    for (int i = 0; i < count; ++i) decode_run<format, kScaled>(w, book, n + i, c, width, out + i * stride);
+    constexpr int per_byte = 8 / kCodeBits<format>;
+    each_row_of_tile(w, n, count, c / per_byte, (width + per_byte - 1) / per_byte,
+                     [&](int64_t i, const uint8_t* codes) __attribute__((always_inline)) {
+                       decode_run<format, kScaled>(w, book, n + i, c, width, codes, out + i * stride);
+                     });
   });
 }
 
@@ -462,6 +512,10 @@ inline NearLines tile_ahead(const QuantizedMatrix& w, int64_t n, int64_t count, 
   const int64_t rows = std::min(count, weights.rows - row), columns = std::min(width, weights.columns - column);
   if (rows <= 0) return {};
   const int64_t first = column * bytes / weights.columns, last = (column + columns) * bytes / weights.columns;
+  if (weights.in_panels) {
+    const int64_t panel = row / kCodePanel * kCodePanel, panels = (row + rows - panel + kCodePanel - 1) / kCodePanel;
+    return {LinesAhead::of(w.row(panel) + first * kCodePanel, (last - first) * kCodePanel, bytes * kCodePanel, panels)};
+  }
   return {LinesAhead::of(w.row(row) + first, last - first, bytes, rows)};
 }
 

@@ -12,7 +12,30 @@ constexpr int kFewQuantized = GOSSAMER_VECTOR_BYTES / sizeof(float);
 template <int Tokens>
 constexpr int kCodeVectors = Tokens < kFewQuantized ? 2 : 1;
 
-// Consecutive rows of a matrix, `Vectors` vectors of them; missing rows repeat the last one.
+// Words of codes of a step along the depth, for vectors of rows: word i of vector v has the codes of one row in each lane. Prefetches
+// for a word are where the rows', or the panels', next words are.
+template <int Vectors>
+struct CodeWords {
+  const uint8_t* words[Vectors];
+  const uint8_t* const* ahead;  // kLanes of each vector take turns
+  int64_t distance, turn;       // from there, and from one turn to the next
+
+  UInts at(int v, int64_t i) const { return load_bytes<UInts>(words[v] + i * kStride); }
+  void fetch_ahead(int v, int64_t i) const {
+    constexpr int64_t lanes = kLanes<float>;
+    __builtin_prefetch(ahead[v * lanes + i % lanes] + distance + i / lanes * turn, 0, 2);
+  }
+
+  // Bytes from a word to the next: words of a panel of codes, of which vectors are parts.
+  static constexpr int64_t kStride = kCodePanel * kWordBytes;
+  // Room for `words` words of vectors that are not in panels.
+  static constexpr int64_t room(int64_t words) {
+    return (Vectors * kLanes<float> + kCodePanel - 1) / kCodePanel * words * kStride;
+  }
+};
+
+// Consecutive rows of a matrix, `Vectors` vectors of them; missing rows repeat the last one. Of weights in panels the first is a
+// multiple of kLanes.
 template <int Vectors>
 class CodeRows {
  public:
@@ -20,51 +43,41 @@ class CodeRows {
 
   CodeRows(const QuantizedMatrix& w, int64_t n, int64_t last) : w_(w) {
     const int64_t bytes = w.weights->row_bytes(), expert_scales = w.scales(0);
-    const uint8_t* first = w.row(n);
     for (int i = 0; i < kRows; ++i) {
-      const int64_t row = std::min<int64_t>(i, last - 1 - n);
-      rows_[i] = first + row * bytes;
-      scales_at_[i] = expert_scales + ((n + row) >> w.weights->row_shift) * w.weights->scale_columns;
+      const int64_t row = std::min<int64_t>(n + i, last - 1);
+      scales_at_[i] = expert_scales + (row >> w.weights->row_shift) * w.weights->scale_columns;
+      if (!w.weights->in_panels) {
+        rows_[i] = w.row(row);
+      } else if (i % kLanesOf == 0) {
+        const int64_t first = std::min<int64_t>(n + i, (last - 1) / kLanesOf * kLanesOf);
+        for (int j = 0; j < kLanesOf; ++j) rows_[i + j] = w.panel_row(first) + j * CodeWords<Vectors>::kStride;
+      }
     }
   }
 
-  const uint8_t* const* rows() const { return rows_; }
-
-  // Where to prefetch, in bytes from a row's first one, during a step of `columns` columns from `k` on: two steps ahead, which is
-  // enough for memory to answer, in these rows or the next ones.
-  int64_t ahead(int64_t k, int64_t columns) const {
+  // The words of a step of `columns` columns from k on. They are in panels already, or are brought into `memory`, of
+  // CodeWords::room(), in which the last ones are filled up with zeros.
+  CodeWords<Vectors> words(int64_t k, int64_t columns, uint8_t* memory) const {
+    constexpr int64_t stride = CodeWords<Vectors>::kStride, in_panel = kCodePanel / kLanesOf;
     const QuantizedWeights& w = *w_.weights;
-    const int64_t per_byte = w.columns / std::max<int64_t>(1, w.row_bytes());
-    const int64_t place = k + 2 * columns, past = place - (w.columns + columns - 1) / columns * columns;
-    return past < 0 ? place / per_byte : kRows * w.row_bytes() + past / per_byte;
-  }
-
-  // The rows' words from byte `from` to `end`, a word of each row of a vector side by side, vectors `stride` apart; the last words are
-  // filled up with zeros. Inlined, compilers keep the vectors in memory.
-  __attribute__((noinline)) void gather(int64_t from, int64_t end, UInts* words, int64_t stride) const {
-    constexpr int lanes = kLanesOf;
-    constexpr int64_t bytes = sizeof(UInts);
-    const auto transposed = [](Vec<float>(&v)[lanes], UInts* to) __attribute__((always_inline)) {
-      transpose<float>(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) std::memcpy(to + i, &v[i], sizeof v[i]);
-    };
-    for (int first = 0; first < kRows; first += lanes) {
-      UInts* to = words + first / lanes * stride;
-      const uint8_t* const* rows = rows_ + first;
-      int64_t at = from;
-      for (; at + bytes <= end; at += bytes, to += lanes) {
-        Vec<float> v[lanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) v[i] = load_bytes<Vec<float>>(rows[i] + at);
-        transposed(v, to);
-      }
-      if (at < end) {
-        Vec<float> v[lanes] = {};
-        for (int i = 0; i < lanes; ++i) std::memcpy(&v[i], rows[i] + at, end - at);
-        transposed(v, to);
-      }
+    const int64_t per_byte = w.columns / w.row_bytes(), from = k / per_byte;
+    CodeWords<Vectors> out;
+    out.ahead = rows_;
+    if (w.in_panels) {
+      for (int v = 0; v < Vectors; ++v) out.words[v] = rows_[v * kLanesOf] + from * kCodePanel;
+      out.distance = ahead(k, columns, kPanelSteps) / per_byte * kCodePanel;
+      out.turn = kLanesOf * stride;
+      return out;
     }
+    const int64_t end = (std::min(w.columns, k + columns) + per_byte - 1) / per_byte;
+    for (int v = 0; v < Vectors; ++v) {
+      uint8_t* to = memory + v / in_panel * (columns / per_byte * kCodePanel) + v % in_panel * sizeof(UInts);
+      gather(rows_ + v * kLanesOf, from, end, to);
+      out.words[v] = to;
+    }
+    out.distance = ahead(k, columns, 2) / per_byte;
+    out.turn = 64;
+    return out;
   }
 
   // The scales of kLanes groups of columns, `group` among them: for each vector of rows kLanes vectors, that of a group at
@@ -79,6 +92,43 @@ class CodeRows {
   }
 
  private:
+  // Steps from words to their prefetches, which are enough for memory to answer. Prefetches of panels go on where the processor's own
+  // ones end.
+  static constexpr int64_t kPanelSteps = 4;
+
+  // Where to prefetch, in columns from a row's first one, during a step of `columns` columns from `k` on: some steps ahead, in these
+  // rows or the next ones.
+  int64_t ahead(int64_t k, int64_t columns, int64_t steps) const {
+    const QuantizedWeights& w = *w_.weights;
+    const int64_t next = (w.in_panels ? kRows / kCodePanel : kRows) * w.columns;
+    const int64_t place = k + steps * columns, past = place - (w.columns + columns - 1) / columns * columns;
+    return past < 0 ? place : next + past;
+  }
+
+  // The words of a vector's rows from byte `from` to `end`; the last ones are filled up with zeros. Inlined, compilers keep the
+  // vectors in memory.
+  static __attribute__((noinline)) void gather(const uint8_t* const* rows, int64_t from, int64_t end, uint8_t* to) {
+    constexpr int lanes = kLanesOf;
+    constexpr int64_t bytes = sizeof(UInts), stride = CodeWords<Vectors>::kStride;
+    const auto transposed = [](Vec<float>(&v)[lanes], uint8_t* to) __attribute__((always_inline)) {
+      transpose<float>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) std::memcpy(to + i * stride, &v[i], sizeof v[i]);
+    };
+    int64_t at = from;
+    for (; at + bytes <= end; at += bytes, to += lanes * stride) {
+      Vec<float> v[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) v[i] = load_bytes<Vec<float>>(rows[i] + at);
+      transposed(v, to);
+    }
+    if (at < end) {
+      Vec<float> v[lanes] = {};
+      for (int i = 0; i < lanes; ++i) std::memcpy(&v[i], rows[i] + at, end - at);
+      transposed(v, to);
+    }
+  }
+
   __attribute__((noinline)) void read_scales(int64_t group, int count) {
     // The next groups' scales, or the next rows'.
     const QuantizedWeights& weights = *w_.weights;

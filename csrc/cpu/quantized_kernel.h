@@ -33,9 +33,9 @@ GOSSAMER_INLINE int64_t quartered(const QuantizedMatrix&, int64_t tokens, int64_
 inline void fetch_first_rows(const QuantizedMatrix& w, int64_t n, int64_t rows) {
   if (rows > kFewQuantized || w.transposed) return;
   const QuantizedWeights& weights = *w.weights;
-  const int64_t bytes = std::min<int64_t>(weights.row_bytes(), 256);
-  for (int64_t i = n; i < std::min(n + kGroup, weights.rows); ++i) {
-    prefetch_lines<1, Fetch::kReadLater>(w.row(i), bytes);
+  const int64_t bytes = std::min<int64_t>(weights.row_bytes(), 256), step = weights.in_panels ? kCodePanel : 1;
+  for (int64_t i = n / step * step; i < std::min(n + kGroup, weights.rows); i += step) {
+    prefetch_lines<1, Fetch::kReadLater>(w.row(i), bytes * step);
   }
 }
 
@@ -115,11 +115,9 @@ OperandMemory<P> operand_memory(int64_t depth, int64_t tokens, const W&... weigh
 }
 
 // One step along the depth of few_tokens_product(): columns 0 .. count of it, `run` of which share a scale and a segment at most.
-template <class P>
+template <int Tokens, class P>
 struct CodeStep {
-  const UInts* words;          // of one vector of rows after the other
-  const uint8_t* const* rows;  // where they come from
-  int64_t ahead;               // bytes from there to what is read next
+  CodeWords<kCodeVectors<Tokens>> words;
   const P* x;
   const Vec<float>* scales;  // as CodeRows::scales() gives them
   int64_t count, run, segment, group_shift, first_group;
@@ -134,10 +132,9 @@ constexpr int kSegmentsTogether = Tokens <= 2 ? 2 : 1;
 
 // Adds Segments segments of a step, from column `first` on, to total[vector][token].
 template <WeightFormat Format, int Tokens, int Segments>
-GOSSAMER_INLINE void add_segments(const CodeStep<BFloat16Pair>& step, const Codebook<Format>& book, int64_t first,
+GOSSAMER_INLINE void add_segments(const CodeStep<Tokens, BFloat16Pair>& step, const Codebook<Format>& book, int64_t first,
                                   Vec<float>* total) {
   constexpr int lanes = kLanes<float>, in_word = kWordBits / kCodeBits<Format>, vectors = kCodeVectors<Tokens>;
-  constexpr int64_t words_of_step = kTileColumns<BFloat16Pair> / in_word;
   const int64_t begin = first / in_word, size = step.segment / in_word;
   const int64_t end = Segments > 1 ? begin + size : std::min<int64_t>(begin + size, (step.count + in_word - 1) / in_word);
   Vec<float> sum[Segments][vectors][Tokens] = {};
@@ -149,8 +146,8 @@ GOSSAMER_INLINE void add_segments(const CodeStep<BFloat16Pair>& step, const Code
       UInts word[vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
-        __builtin_prefetch(step.rows[v * lanes + at % lanes] + step.ahead + at / lanes * 64, 0, 2);
-        word[v] = step.words[v * words_of_step + at];
+        step.words.fetch_ahead(v, at);
+        word[v] = step.words.at(v, at);
       }
       const auto add_words = [&](auto normal) __attribute__((always_inline)) {
         UInts pairs[vectors][kPairsInWord<Format>];
@@ -194,7 +191,7 @@ GOSSAMER_INLINE void add_segments(const CodeStep<BFloat16Pair>& step, const Code
 
 // Adds a step, whose segments are whole, to total[vector][token].
 template <WeightFormat Format, int Tokens>
-__attribute__((noinline)) void add_scaled_step(const CodeStep<BFloat16Pair>& step, const Codebook<Format>& book,
+__attribute__((noinline)) void add_scaled_step(const CodeStep<Tokens, BFloat16Pair>& step, const Codebook<Format>& book,
                                                Vec<float>* total) {
   constexpr int together = kSegmentsTogether<Tokens>;
   int64_t r = 0;
@@ -209,11 +206,10 @@ __attribute__((noinline)) void add_scaled_step(const CodeStep<BFloat16Pair>& ste
 
 // Adds a step to total[vector][token]. Sums of an unfinished segment stay in `open`.
 template <WeightFormat Format, int Tokens, class P>
-__attribute__((noinline)) void add_code_step(const CodeStep<P>& step, const Codebook<Format>& book, Vec<SumOf<P>>* total,
-                                             Vec<SumOf<P>>* open) {
+__attribute__((noinline)) void add_code_step(const CodeStep<Tokens, P>& step, const Codebook<Format>& book,
+                                             Vec<SumOf<P>>* total, Vec<SumOf<P>>* open) {
   using S = SumOf<P>;
   constexpr int lanes = kLanes<S>, in_word = kWordBits / kCodeBits<Format>, vectors = kCodeVectors<Tokens>;
-  constexpr int64_t words_of_step = kTileColumns<P> / in_word;
   const P* values = step.x;
   Vec<S> sum[vectors][Tokens];
 #pragma GCC unroll 16
@@ -226,8 +222,8 @@ __attribute__((noinline)) void add_code_step(const CodeStep<P>& step, const Code
       bool normal = true;
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
-        __builtin_prefetch(step.rows[v * lanes + i % lanes] + step.ahead + i / lanes * 64, 0, 2);
-        word[v] = step.words[v * words_of_step + i];
+        step.words.fetch_ahead(v, i);
+        word[v] = step.words.at(v, i);
         if constexpr (Format == WeightFormat::kFp8) normal = normal && all_normal_e4m3(word[v]);
       }
       const auto add_words = [&](auto normal) __attribute__((always_inline)) {
@@ -277,30 +273,27 @@ template <WeightFormat Format, int Tokens, class P>
 void few_tokens_product_of(const QuantizedMatrix& w, int64_t n, int64_t count, const P* x, SumOf<P>* c, int64_t c_stride) {
   using S = SumOf<P>;
   constexpr int lanes = kLanes<S>, bits = kCodeBits<Format>, vectors = kCodeVectors<Tokens>, height = vectors * lanes;
-  constexpr int64_t columns = kTileColumns<P>, words_of_step = columns * bits / kWordBits;
+  constexpr int64_t columns = kTileColumns<P>;
   const Codebook<Format> book(*w.weights);
   const int64_t depth = w.depth(), segment = segment_columns<P>(w);
   const int shift = std::min(w.weights->column_shift, 40);
   const int64_t run = std::min(segment, int64_t{1} << shift);
-  alignas(64) UInts words[vectors * words_of_step];
+  alignas(64) uint8_t words[CodeWords<vectors>::room(columns * bits / kWordBits)];
   for (int64_t i = 0; i < count; i += height) {
     CodeRows<vectors> rows(w, n + i, n + count);
     Vec<S> total[vectors * Tokens] = {};
     [[maybe_unused]] Vec<S> open[vectors * Tokens] = {};
     for (int64_t k = 0; k < depth; k += columns) {
       const int64_t last = std::min(depth, k + columns);
-      rows.gather(k * bits / 8, (last * bits + 7) / 8, words, words_of_step);
-      const CodeStep<P> step{words,
-                             rows.rows(),
-                             rows.ahead(k, columns),
-                             x + k / kTerms<P> * Tokens,
-                             rows.scales(k >> shift),
-                             last - k,
-                             run,
-                             segment,
-                             shift,
-                             k >> shift,
-                             last == depth};
+      const CodeStep<Tokens, P> step{rows.words(k, columns, words),
+                                     x + k / kTerms<P> * Tokens,
+                                     rows.scales(k >> shift),
+                                     last - k,
+                                     run,
+                                     segment,
+                                     shift,
+                                     k >> shift,
+                                     last == depth};
       if constexpr (kScalesSums<P>) {
 #if GOSSAMER_BF16_DOT
         add_scaled_step<Format, Tokens>(step, book, total);

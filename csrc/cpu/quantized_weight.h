@@ -13,6 +13,10 @@ enum class WeightFormat : int { kFp8 = 0, kInt8 = 1, kInt4 = 2, kMxfp4 = 3, kNf4
 // How scales are stored: as one of the floating dtypes, as the exponent bytes of e8m0, or as indices of a nested scale's code.
 constexpr int kE8M0 = -1, kNestedScale = -2;
 
+// Rows of a panel of codes: their words fill a cache line, or a vector of the widest instruction set.
+constexpr int64_t kCodePanel = 16;
+constexpr int64_t kWordBytes = 4;
+
 // A contiguous stack (E, N, C). The scale of (n, c) is at [n >> row_shift][c >> column_shift] of an expert's
 // (scale_rows, scale_columns); one in float32 is times `factor`.
 struct QuantizedWeights {
@@ -30,6 +34,9 @@ struct QuantizedWeights {
   float offset = 0;
   int nested_shift = 0;
   bool rounds_rows = false;  // products round their other operand to 8 bits
+  // Whether codes lie in panels of kCodePanel rows, whose words of four bytes take turns: word i of the panel's row r is at
+  // word kCodePanel · i + r. Then rows and row_bytes() are multiples of kCodePanel and 4.
+  bool in_panels = false;
 
   int64_t row_bytes() const { return format == WeightFormat::kFp8 || format == WeightFormat::kInt8 ? columns : columns / 2; }
 };

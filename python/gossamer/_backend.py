@@ -258,6 +258,16 @@ def serves_weights(backend_name: str, primitive: str, kinds: Iterable[str], trai
     return any(kinds <= mixed for mixed in served.weights) and (not trains or kinds <= served.trained)
 
 
+def reads_panels(codes: torch.Tensor) -> bool:
+    """Whether products with quantised codes run on kernels that read panels faster than rows.
+
+    Tiles of AMX multiply few rows as many, from codes that are decoded row by row.
+    """
+    if not codes.is_cpu or _forced not in (None, "native") or _NO_NATIVE is not None:
+        return False
+    return importlib.import_module("gossamer._C").isa() != "amx"
+
+
 def rounds_rows(backend_name: str, primitive: str, x: torch.Tensor) -> bool:
     """Whether a family's kernels of a primitive round rows like ``x`` to 8 bits themselves."""
     return x.dtype != torch.float64 and serves_weights(backend_name, primitive, ("quantized, int8 rows",), False)

@@ -9,6 +9,7 @@ import torch
 
 from gossamer import _C
 from gossamer._activation import Activation
+from gossamer._panels import PANELS
 
 if TYPE_CHECKING:
     from gossamer.ops._weights import Weight
@@ -68,12 +69,14 @@ _WHOLE_ROW = _ALL_ROWS = 62
 NESTED_SCALE = -2
 _NO_BLOCKS = (0, 0, 0, 0, 0)
 _LEAST_BLOCK = 32
+# Products take rows of x as they are, and rows of codes in their order.
+_AS_STORED = (False, False)
 
 
 def quantized_stack(weight: Weight) -> tuple:
     """A quantised stack: format, data, scale, its dtype, ``(N, C)``, row and column shift, scales' size, blocks.
 
-    The last item says whether products round rows to 8 bits.
+    The last item says whether products round rows to 8 bits, and whether codes lie in panels.
     """
     form, scale, (_, n, c) = weight.format, weight.scale, weight.shape
     code = E8M0 if form == "mxfp4" else DTYPES[scale.dtype]
@@ -82,8 +85,8 @@ def quantized_stack(weight: Weight) -> tuple:
     else:
         shift = weight.group_size.bit_length() - 1
         shifts, scales = (shift if form == "fp8_block" else 0, shift), (scale.shape[1], scale.shape[2])
-    rounds = weight.activations == "int8"
-    return form, weight.data.data_ptr(), scale.data_ptr(), code, (n, c), shifts, scales, _NO_BLOCKS, rounds
+    how = weight.activations == "int8", weight.layout == PANELS
+    return form, weight.data.data_ptr(), scale.data_ptr(), code, (n, c), shifts, scales, _NO_BLOCKS, how
 
 
 def quantized_matrix(weight: Weight) -> tuple | None:
@@ -96,7 +99,7 @@ def quantized_matrix(weight: Weight) -> tuple | None:
         one = scale.shape[0] != n
         shifts = _ALL_ROWS if one else 0, _WHOLE_ROW
         scales = 1 if one else n, 1
-        return weight.format, data, address, DTYPES[scale.dtype], (n, c), shifts, scales, _NO_BLOCKS, False
+        return weight.format, data, address, DTYPES[scale.dtype], (n, c), shifts, scales, _NO_BLOCKS, _AS_STORED
     code, nested_absmax, nested_code, offset, size, nested_size, _, _ = weight.blocks
     parts = [t for t in (code, nested_absmax, nested_code) if t is not None]
     # A row consists of whole blocks, and the smallest step of a product reads at most one of them.
@@ -106,9 +109,9 @@ def quantized_matrix(weight: Weight) -> tuple | None:
     shifts, scales = (0, size.bit_length() - 1), (n, c // size)
     if nested_absmax is None:
         blocks = code.data_ptr(), 0, 0, 0, 0
-        return "nf4", data, address, DTYPES[torch.float32], (n, c), shifts, scales, blocks, False
+        return "nf4", data, address, DTYPES[torch.float32], (n, c), shifts, scales, blocks, _AS_STORED
     nested = nested_code.data_ptr(), nested_absmax.data_ptr(), offset.data_ptr(), nested_size.bit_length() - 1
-    return "nf4", data, address, NESTED_SCALE, (n, c), shifts, scales, (code.data_ptr(), *nested), False
+    return "nf4", data, address, NESTED_SCALE, (n, c), shifts, scales, (code.data_ptr(), *nested), _AS_STORED
 
 
 def activation_form(activation: Activation, interleaved: bool) -> tuple[str, bool, bool, float, float]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gossamer._checks import check_shape, check_shape_of
+from gossamer._panels import ROWS, arranged
 
 # Rows and columns that share a scale in "fp8_block", as in DeepSeek-V3.
 BLOCK = 128
@@ -71,6 +72,7 @@ class Weight(NamedTuple):
         factor: factor of the update.
         bias: ``(N,)`` or ``(E, N)``, added to the weight's products; or None.
         activations: ``"float"``, or ``"int8"`` if products take rows as :func:`round_rows` rounds them.
+        layout: of a stack's codes, as of :class:`gossamer.QuantizedExpertWeight`.
     """
 
     data: torch.Tensor
@@ -82,6 +84,7 @@ class Weight(NamedTuple):
     factor: float = 1.0
     bias: torch.Tensor | None = None
     activations: str = "float"
+    layout: str = ROWS
 
     @property
     def quantized(self) -> bool:
@@ -126,9 +129,17 @@ class Weight(NamedTuple):
         """With the update's factors, if any, rounded to ``dtype``."""
         return self if self.a is None else self._replace(a=self.a.to(dtype), b=self.b.to(dtype))
 
+    def in_rows(self) -> Weight:
+        """With its codes row after row, in a copy if they are not."""
+        return self if self.layout == ROWS else self._replace(data=arranged(self.data, ROWS), layout=ROWS)
+
+    def for_backend(self, backend: str) -> Weight:
+        """With its codes in a layout that a backend reads: all but the native one read rows."""
+        return self if backend == "native" else self.in_rows()
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Its values without the update: a dense weight's unchanged, a quantised one's rounded once to ``dtype``."""
-        return self.data if self.format == "dense" else DECODERS[self.format](self).to(dtype)
+        return self.data if self.format == "dense" else DECODERS[self.format](self.in_rows()).to(dtype)
 
 
 def round_rows(x: torch.Tensor, weight: Weight) -> torch.Tensor:

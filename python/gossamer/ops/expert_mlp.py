@@ -337,7 +337,7 @@ def expert_mlp(
     backend = _backend.resolve("expert_mlp", x)
     e, t, k = dispatch.num_experts, dispatch.num_tokens, dispatch.top_k
     check_shape("x", x, (t, None), "(T, H)")
-    second, h = as_weight("down", down, (e, None, None), "(E, O, I)"), x.shape[1]
+    second, h = as_weight("down", down, (e, None, None), "(E, O, I)").for_backend(backend), x.shape[1]
     _, o, inner = second.shape
     symbols = f"(E, {'2I' if activation.gated else 'I'}, H)"
     if o != h:
@@ -345,7 +345,7 @@ def expert_mlp(
         inner = as_weight("gate_up", gate_up, (e, None, h), symbols).shape[1] // activation.halves
         as_weight("down", down, (e, None, inner), "(E, O, I)")
     wide = activation.halves * inner
-    first = as_weight("gate_up", gate_up, (e, wide, h), symbols)
+    first = as_weight("gate_up", gate_up, (e, wide, h), symbols).for_backend(backend)
     check_tensor("weights", weights)
     check_shape("weights", weights, (t, k), "(T, K)")
     if gate_up_bias is not None:

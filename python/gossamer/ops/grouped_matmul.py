@@ -268,7 +268,7 @@ def grouped_matmul(
     check_flag("y_grouped", y_grouped)
     backend = _backend.resolve("grouped_matmul", x)
     e = dispatch.num_experts
-    operand = as_weight("weight", weight, (e, None, None), "(E, N, C)")
+    operand = as_weight("weight", weight, (e, None, None), "(E, N, C)").for_backend(backend)
     _, n, c = weight.shape
     x_rows, symbols = (dispatch.buffer_rows, "(R, C)") if x_grouped else (dispatch.num_tokens, "(T, C)")
     check_shape("x", x, (x_rows, c), symbols)
