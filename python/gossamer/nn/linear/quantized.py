@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, got {x.dtype}")
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        y = base_linear(rows, self.weight.weight(), self.bias)
+        y = base_linear(rows, self.weight.for_products(), self.bias)
         return with_leading_sizes(y, x)
 
     def extra_repr(self) -> str:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 
-from gossamer.ops.quantized_expert_weight import FORMATS, QuantizedExpertWeight
+from gossamer._panels import PANELS, ROWS, gain_from_panels
+from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
+
+# The buffer that holds the codes in each layout; the other is None.
+_BUFFERS = {ROWS: "data", PANELS: "panels"}
+# Held while codes go from one buffer to the other.
+_MOVING = threading.RLock()
 
 
 class QuantizedExpertStack(nn.Module):
     """Holds a :class:`gossamer.QuantizedExpertWeight` instead of an expert layer's parameter.
 
     Codes and scales are buffers, saved with the state; they move with the module and keep their dtypes when it is cast.
+
+    On the CPU, the first product without gradients brings the codes into panels, which products of few rows read
+    fastest (:meth:`gossamer.QuantizedExpertWeight.to_layout`). The stack then has a buffer ``panels`` instead of
+    ``data``, of the same size; only while it copies does it hold both. Whatever asks for ``data``, the state, a copy, a
+    pickle, another device or dtype, or :meth:`weight` brings the codes back first, until the next product. Codes that
+    something else refers to stay as they are, as do those in shared memory.
 
     Args:
         weight: what to hold.
@@ -26,26 +40,78 @@ class QuantizedExpertStack(nn.Module):
     def __init__(self, weight: QuantizedExpertWeight) -> None:
         super().__init__()
         self.format, self.activations = weight.format, weight.activations
-        self.register_buffer("data", weight.data)
+        self.register_buffer("data", weight.to_layout(ROWS).data)
         self.register_buffer("scale", weight.scale)
+        self.register_buffer("panels", None, persistent=False)
 
     def weight(self) -> QuantizedExpertWeight:
-        """The weight ``(E, N, C)``, over the buffers themselves."""
-        return QuantizedExpertWeight(self.data, self.scale, self.format, self.activations)
+        """The weight ``(E, N, C)``, over the buffers themselves, its codes row after row."""
+        self._arrange(ROWS)
+        return self._held()
+
+    def for_products(self) -> QuantizedExpertWeight:
+        """The weight in the layout that products read fastest."""
+        in_rows = self._buffers.get("panels") is None
+        if in_rows and not torch.is_grad_enabled() and gain_from_panels(self._buffers, "data"):
+            self._arrange(PANELS)
+        return self._held()
+
+    def _held(self) -> QuantizedExpertWeight:
+        # Another thread may move the codes meanwhile, but they are in one of the buffers at any time.
+        while True:
+            for layout, name in _BUFFERS.items():
+                codes = self._buffers.get(name)
+                if codes is not None:
+                    return QuantizedExpertWeight(codes, self._buffers["scale"], self.format, self.activations, layout)
+
+    def _arrange(self, layout: str) -> None:
+        """Move the codes into a layout's buffer."""
+        name, other = _BUFFERS[layout], _BUFFERS[ROWS if layout == PANELS else PANELS]
+        buffers = self.__dict__.get("_buffers", {})
+        # Both are there while torch.func.functional_call lends the stack other codes.
+        if buffers.get(other) is None or buffers.get(name) is not None:
+            return
+        # Buffers made in inference mode could not be used in training later.
+        with _MOVING, torch.inference_mode(False), torch.no_grad():
+            if buffers.get(name) is None:
+                buffers[name] = self._held().to_layout(layout).data
+                buffers[other] = None
+
+    def __getattr__(self, name: str):
+        if name == "data":
+            self._arrange(ROWS)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "data":
+            self._arrange(ROWS)
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict:
+        self._arrange(ROWS)
+        return self.__dict__
 
     def _apply(self, fn, recurse=True):
+        self._arrange(ROWS)
         for name, buffer in self._buffers.items():
+            if buffer is None:
+                continue
             moved = fn(buffer)
             self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._arrange(ROWS)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
+        self._arrange(ROWS)
         # Copying into a buffer converts dtypes, which would reinterpret codes of another format as numbers.
         for name, buffer in self._buffers.items():
             given = state_dict.get(prefix + name)
-            if isinstance(given, torch.Tensor) and given.dtype != buffer.dtype:
+            if isinstance(given, torch.Tensor) and buffer is not None and given.dtype != buffer.dtype:
                 error_msgs.append(
                     f"{prefix}{name} must be {buffer.dtype}, as {self.format} is held here, got {given.dtype}; "
                     "gossamer.load_quantized_experts takes any format"
@@ -57,8 +123,8 @@ class QuantizedExpertStack(nn.Module):
 
     def extra_repr(self) -> str:
         """Format and sizes."""
-        e, n, stored = self.data.shape
-        sizes = f"{self.format}, num_experts={e}, out={n}, in={stored * FORMATS[self.format][1]}"
+        e, n, c = self._held().shape
+        sizes = f"{self.format}, num_experts={e}, out={n}, in={c}"
         return sizes if self.activations == "float" else f"{sizes}, activations={self.activations}"
 
 
@@ -67,5 +133,5 @@ def expert_weight(held: torch.Tensor | QuantizedExpertStack, transposed: bool) -
     transposed.
     """
     if isinstance(held, QuantizedExpertStack):
-        return held.weight()
+        return held.for_products()
     return held.transpose(1, 2) if transposed else held
