@@ -25,7 +25,7 @@ from gossamer.bench.harness.case import (
     Request,
     Variant,
 )
-from gossamer.bench.harness.cold import copies, in_turn, passes
+from gossamer.bench.harness.cold import as_held, copies, held_copy, in_turn, passes
 from gossamer.bench.harness.cost import Cost, nbytes
 from gossamer.bench.harness.peers import Peer, attribute, gather, import_module
 from gossamer.ops._weights import BLOCK
@@ -156,12 +156,15 @@ FORMATS = {
 
 def _stacked(weight_format: str, **options):
     """A quantiser of a matrix as a stack of one, for a linear layer without an update."""
-    return lambda weight: gossamer.QuantizedExpertWeight.quantize(weight.unsqueeze(0), weight_format, **options)
+    return lambda weight: as_held(
+        gossamer.QuantizedExpertWeight.quantize(weight.unsqueeze(0), weight_format, **options)
+    )
 
 
 # The formats of experts, for the other linear layers of a model.
 LINEARS = {
     "fp8_block": _stacked("fp8_block"),
+    "int8 stack": _stacked("int8"),
     "int8, int8 rows": _stacked("int8", activations="int8"),
     "int4": _stacked("int4"),
     "int4, int8 rows": _stacked("int4", activations="int8"),
@@ -179,6 +182,8 @@ def _tensors(weight) -> dict[str, torch.Tensor]:
 def _copy(weight):
     if isinstance(weight, torch.Tensor):
         return weight.clone()
+    if isinstance(weight, gossamer.QuantizedExpertWeight):
+        return held_copy(weight)
     return type(weight)(**{**vars(weight), **{name: value.clone() for name, value in _tensors(weight).items()}})
 
 

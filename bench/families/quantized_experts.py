@@ -14,7 +14,7 @@ from gossamer.bench.families.experts import DIMENSIONS, SHAPES, SYMBOLS, Problem
 from gossamer.bench.families.experts import sampled_outputs as plain_outputs
 from gossamer.bench.families.skew import EXPERT_SKEWS
 from gossamer.bench.harness.case import DENSE, DTYPES, OURS, PEER, Case, Family, FloatGate, Request, Variant
-from gossamer.bench.harness.cold import in_turn, passes
+from gossamer.bench.harness.cold import as_held, held_copy, in_turn, passes
 from gossamer.ops._weights import INT4_GROUPS, MX_GROUP, WHOLE_FORMATS
 from gossamer.ops.quantized_expert_weight import FORMATS
 
@@ -66,10 +66,7 @@ class Steps:
 
 
 def _clone(weights):
-    return tuple(
-        w.clone() if isinstance(w, torch.Tensor) else dataclasses.replace(w, data=w.data.clone(), scale=w.scale.clone())
-        for w in weights
-    )
+    return tuple(w.clone() if isinstance(w, torch.Tensor) else held_copy(w) for w in weights)
 
 
 def _variants(problem: Problem, steps: Steps) -> tuple[list[Variant], dict, dict[str, int]]:
@@ -86,7 +83,7 @@ def _variants(problem: Problem, steps: Steps) -> tuple[list[Variant], dict, dict
         kinds += [(f"int4 of {size}", "int4", size) for size in INT4_GROUPS[1:] if largest % size == 0]
     for kind, weight_format, size in kinds:
         gate_up, down = (
-            gossamer.QuantizedExpertWeight.quantize(w, weight_format, group_size=size)
+            as_held(gossamer.QuantizedExpertWeight.quantize(w, weight_format, group_size=size))
             for w in (problem.gate_up, problem.down)
         )
         sizes[kind] = (gate_up.nbytes + down.nbytes) // problem.num_experts

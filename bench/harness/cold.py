@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+
+from gossamer import QuantizedExpertWeight, _backend
+from gossamer._panels import PANELS, ROWS, fits_panels
 
 # A case with at most this many rows counts as decoding, whose floor is the bytes of the weights.
 FEW_ROWS = 32
@@ -46,3 +50,15 @@ def in_turn(call: Callable[[Weight], Result], weights: Sequence[Weight]) -> Call
 def cloned(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Copies of tensors."""
     return tuple(t.clone() for t in tensors)
+
+
+def as_held(weight: QuantizedExpertWeight) -> QuantizedExpertWeight:
+    """A weight as layers hold it for products without gradients."""
+    reads = _backend.reads_panels(weight.data) and fits_panels(weight.data.shape)
+    return weight.to_layout(PANELS) if reads else weight
+
+
+def held_copy(weight: QuantizedExpertWeight) -> QuantizedExpertWeight:
+    """A copy of what :func:`as_held` returns, in memory like its own."""
+    rows = weight.to_layout(ROWS)
+    return as_held(dataclasses.replace(rows, data=rows.data.clone(), scale=rows.scale.clone()))
