@@ -12,7 +12,7 @@ import sys, torch
 if not torch.cuda.is_available():
     sys.exit("no CUDA device is visible to torch")
 if torch.cuda.get_device_capability() != (9, 0):
-    sys.exit(f"{torch.cuda.get_device_name()} is no Hopper GPU")
+    sys.exit(f"{torch.cuda.get_device_name()} is not a Hopper GPU")
 PYTHON
 out=${1:-bench/results}
 mkdir -p "$out"

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gossamer
+from gossamer.bench.studies.options import check_folders
 from gossamer.bench.studies.text import learning_rate, smooth
 
 try:
@@ -323,8 +324,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
         parser.error(f"--lr must be at least 0 and finite, got {given.lr}")
     if given.hidden_size % given.heads:
         parser.error(f"--hidden-size must be a multiple of --heads, got {given.hidden_size} and {given.heads}")
-    if given.out.exists() and not given.out.is_dir():
-        parser.error(f"--out must be a folder, got the file {given.out}")
+    check_folders(parser, given)
     return given, Settings(**{name: getattr(given, name) for name in Settings.__dataclass_fields__})
 
 

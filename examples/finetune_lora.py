@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import gossamer
+from gossamer.bench.studies.options import check_folders, choose_device
 from gossamer.bench.studies.text import VALIDATION_EVERY, as_bytes, learning_rate, python_files, smooth
 
 try:
@@ -330,14 +331,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
         parser.error(f"--batch must be even, a half for each adapter, got {given.batch}")
     if given.rank > given.hidden_size:
         parser.error(f"--rank must be at most --hidden-size, got {given.rank} and {given.hidden_size}")
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
-    if given.device == "auto":
-        given.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if given.data is not None and not given.data.is_dir():
-        parser.error(f"--data must be a folder, got {given.data}")
-    if given.out.exists() and not given.out.is_dir():
-        parser.error(f"--out must be a folder, got the file {given.out}")
+    choose_device(parser, given)
+    check_folders(parser, given)
     return given, Settings(**{name: getattr(given, name) for name in Settings.__dataclass_fields__})
 
 

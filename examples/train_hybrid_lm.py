@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gossamer
+from gossamer.bench.studies.options import check_folders
 from gossamer.bench.studies.text import learning_rate, load_corpus, smooth, windows
 from gossamer.nn import DeltaNet, DeltaRuleState, GatedDeltaNet, KimiDeltaAttention, MoE, load_balance_loss
 
@@ -305,10 +306,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
         parser.error(f"--hidden-size must be a multiple of --heads, got {given.hidden_size} and {given.heads}")
     if given.top_k > given.num_experts:
         parser.error(f"--top-k must be at most --num-experts, got {given.top_k} of {given.num_experts}")
-    if given.data is not None and not given.data.is_dir():
-        parser.error(f"--data must be a folder, got {given.data}")
-    if given.out.exists() and not given.out.is_dir():
-        parser.error(f"--out must be a folder, got the file {given.out}")
+    check_folders(parser, given)
     return given, Settings(**{name: getattr(given, name) for name in Settings.__dataclass_fields__})
 
 

@@ -56,6 +56,7 @@ from gossamer.bench.studies.byte_lm import (
     recipe_of,
     validate,
 )
+from gossamer.bench.studies.options import check_folders, choose_device
 from gossamer.bench.studies.text import VALIDATION_EVERY, learning_rate, load_corpus, smooth, windows
 from gossamer.nn import Routing
 from gossamer.nn.moe.routers import ROUTERS
@@ -439,14 +440,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Se
         for name in ("batch", "eval_windows"):
             if (value := getattr(given, name)) % world:
                 parser.error(f"--{name.replace('_', '-')} must be a multiple of {world} processes, got {value}")
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
-    if given.device == "auto":
-        given.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if given.data is not None and not given.data.is_dir():
-        parser.error(f"--data must be a folder, got {given.data}")
-    if given.out.exists() and not given.out.is_dir():
-        parser.error(f"--out must be a folder, got the file {given.out}")
+    choose_device(parser, given)
+    check_folders(parser, given)
     return given, Settings(**{name: getattr(given, name) for name in Settings.__dataclass_fields__})
 
 

@@ -173,7 +173,7 @@ def read(path: Path, device: Device, pinned: bool) -> list[Entry]:
     try:
         stored = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON ({error})") from None
+        raise ValueError(f"it is not JSON ({error})") from None
     _check_fields("it", stored, _HEAD)
     if stored["schema"] != SCHEMA:
         raise ValueError(f"its schema is {stored['schema']!r}, not {SCHEMA}")

@@ -48,7 +48,8 @@ class Problem:
     """An expert layer's inputs.
 
     If a router could choose the ids, the first E columns of ``x`` are its logits: distinct numbers, the K largest at
-    the ids in slot order. A layer with its own router gets ``router``, E rows of the identity, and so routes alike.
+    the ids in slot order. A layer with its own router gets ``router``, E rows of the identity, and so chooses the same
+    experts.
 
     Attributes:
         x: ``(T, H)``.

@@ -70,7 +70,7 @@ class CheckReport:
         not_compared: parameters that only one of the two has.
         deterministic: whether the replacement gave the same bits twice.
         original_deterministic: whether the original did.
-        speed: the times; empty unless ``ok``, and if none were asked for.
+        speed: the times; empty unless ``ok``, or if none were requested.
     """
 
     title: str

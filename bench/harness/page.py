@@ -105,7 +105,7 @@ def _changes(changes: list[Change], differences: list[str], earlier: str) -> str
     ]
     table = _table(("case", "variant", "ms then", "ms now", "change", ""), rows) if rows else "<p>No row in common.</p>"
     warned = "".join(f"<li>{escape(line)}</li>" for line in differences)
-    warning = f'<p class="wrong">Not measured alike:</p><ul>{warned}</ul>' if warned else ""
+    warning = f'<p class="wrong">Measured under different conditions:</p><ul>{warned}</ul>' if warned else ""
     return f"<h2>Against {escape(earlier)}</h2>{warning}{table}"
 
 

@@ -256,7 +256,7 @@ def print_changes(
 ) -> None:
     """Print the changes since an earlier run, and the conditions in which the two runs differed."""
     for line in differences:
-        say(console, f"warning: not measured alike: {line}", style="yellow")
+        say(console, f"warning: measured under different conditions: {line}", style="yellow")
     if not changes:
         say(console, f"{earlier} has no row in common with this run.")
         return

@@ -345,7 +345,7 @@ def test_every_family_runs_and_is_right(device, name):
     assert results.correct
     for result in results.cases:
         assert result.row(OURS) and result.row(DENSE)
-        # Where a reference has no kernel for the dtype it may fail, which is no fault of the case.
+        # Where a reference has no kernel for the dtype it may fail, which is not the case's fault.
         assert {row.status for row in result.rows if row.role != REFERENCE} == {"ok"}
     stored = json.loads(json.dumps(results.as_json()))
     assert stored["environment"]["versions"]["torch"] and stored["environment"]["threads"] >= 1

@@ -151,7 +151,7 @@ def test_a_faulty_table_is_ignored_with_a_warning_that_names_it(name, stored, tm
 def test_a_file_that_is_no_table_is_refused(content, tmp_path):
     path = tmp_path / "table.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"no JSON|must have the fields|bytes are more than"):
+    with pytest.raises(ValueError, match=r"not JSON|must have the fields|bytes are more than"):
         tile_tables.read(path, H100, pinned=True)
 
 

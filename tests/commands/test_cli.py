@@ -147,7 +147,7 @@ def test_sweep_compare_and_every_kind_of_file(invoke, tmp_path):
     )
     assert now.exit_code == 0, now.output
     assert "dispatch int forward: median ms against T" in now.output
-    assert "warning: not measured alike: cpu: Another Processor then, " in now.output
+    assert "warning: measured under different conditions: cpu: Another Processor then, " in now.output
     lines = [line for line in now.output.splitlines() if line.startswith("dispatch 64,8,2 T=128")]
     assert len([line for line in lines if line.endswith("slower")]) == 2
     with files["csv"].open(newline="") as stream:
@@ -195,7 +195,7 @@ def test_missing_extra_is_one_line_and_no_traceback(missing):
 
 @pytest.mark.parametrize(("options", "status"), [((), 2), (("--fail-below", "0.5"), 3)])
 def test_what_memory_cannot_hold_is_left_out(invoke, tmp_path, options, status):
-    """A size too large ends neither a sweep nor what was measured before it; alone it is no success."""
+    """A size too large ends neither a sweep nor what was measured before it; alone it is not a success."""
     stored = tmp_path / "sweep.json"
     common = ("bench", "dispatch", "--direction", "forward", "--device", "cpu", "--quick")
     result = invoke(*common, "--shape", "64,8,2", "--sweep", f"tokens=64,{10**15}", "--json", str(stored))

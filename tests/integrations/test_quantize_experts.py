@@ -252,7 +252,7 @@ def test_own_layers_and_adapters_over_codes():
 
 @pytest.mark.parametrize(("held", "given"), [("int4", "mxfp4"), ("fp8", "int8"), ("int8", "fp8"), ("mxfp4", "int4")])
 def test_a_state_of_another_format_is_refused(held, given):
-    """Codes of one format are no numbers of another, though their buffers would take them."""
+    """Codes of one format are not numbers of another, though their buffers would take them."""
     first, second = gossamer.nn.MoE(64, 64, 4, 2), gossamer.nn.MoE(64, 64, 4, 2)
     gossamer.quantize_experts(first, held)
     gossamer.quantize_experts(second, given)

@@ -185,7 +185,7 @@ def test_files_missing_damaged_and_pickled(saved, tmp_path):
     folder = edited(folders["small"], tmp_path / "a")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         gossamer.serve_adapters(base, {"a": folder})
     weights.unlink()
     with pytest.raises(ValueError, match=r"must hold adapter_model\.safetensors, which is missing"):
@@ -194,7 +194,7 @@ def test_files_missing_damaged_and_pickled(saved, tmp_path):
     with pytest.raises(ValueError, match=r"holds adapter_model\.bin, a pickle, which runs code when it is read"):
         gossamer.serve_adapters(base, {"a": folder})
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         gossamer.serve_adapters(base, {"a": folder})
     with pytest.raises(ValueError, match=r"must be a folder with adapter_config\.json, which is missing"):
         gossamer.serve_adapters(base, {"a": tmp_path / "nowhere"})
@@ -254,13 +254,15 @@ def test_rows_that_no_request_owns_are_refused(tmp_path, device):
     """Rather than given to one: positions that all requests share, and some tokens of a flattened batch."""
     names, x = ["a", "b", "a", "b"], torch.randn(4, 12, 8, device=device)
     served = served_with(Positions, "positions", tmp_path, device)
-    with pytest.raises(ValueError, match=r"cannot be told apart in a layer whose rows \(1, 12\)"):
+    with pytest.raises(ValueError, match=r"cannot be assigned to rows in a layer whose rows \(1, 12\)"):
         served(x, adapters=names)
     assert served(x[:1], adapters=["a"]).shape == (1, 12, 3)
     mask = torch.zeros(4, 12, dtype=torch.bool, device=device)
     mask[0, :8] = True
     served = served_with(Parts, "part", tmp_path, device)
-    with pytest.raises(ValueError, match=r"cannot be told apart in a layer of 8 rows: .* \[4, 48\] were expected"):
+    with pytest.raises(
+        ValueError, match=r"cannot be assigned to rows in a layer of 8 rows: .* \[4, 48\] were expected"
+    ):
         served(x, mask, adapters=names)
     served = served_with(Parts, "whole", tmp_path, device)
     found = served(x, mask, adapters=names)

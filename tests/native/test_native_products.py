@@ -7,7 +7,7 @@ import gossamer
 from gossamer.testing import assert_close
 
 
-# Depths below and above one block of the panel, none a whole number of vectors; 37 rows are no whole number of tiles.
+# Depths below and above one block of the panel, none a whole number of vectors; 37 rows are not whole tiles.
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("depth", [23, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -32,7 +32,7 @@ def test_rows_do_not_depend_on_their_company(isa, dtype, depth, layout):
         assert torch.equal(alone, together[:count]), f"{count} rows"
 
 
-# Ranks of part of a vector and of two segments of a sum; widths that are no whole number of vectors, deep enough for
+# Ranks of part of a vector and of two segments of a sum; widths that are not a whole number of vectors, deep enough for
 # several segments.
 @pytest.mark.parametrize("rank", [5, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

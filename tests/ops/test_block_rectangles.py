@@ -49,7 +49,7 @@ def test_choice():
     # A dense operand in parts, one a rectangle, and parts that a rectangle crosses.
     assert chosen(t, MANY, part=128) == chosen(t, MANY)
     assert not chosen(t, MANY, part=64)
-    # Columns that are no neighbours; bands, for each of which the dense operand would be read anew; no blocks.
+    # Columns that are not neighbours; bands, for each of which the dense operand would be read anew; no blocks.
     assert not chosen(topology_of("cpu", (16, 16), grid=(8, 30)), 10**6)
     band = (torch.arange(30)[:, None] - torch.arange(34)).add(2).abs() <= 2
     assert not chosen(BlockTopology.from_mask(band, 128), 10**6)
@@ -126,7 +126,7 @@ def test_padding(product, dtype, transposed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_products(product, dtype, transposed):
-    """Each product and its gradients, with a bias, by rows and by columns; n is no multiple of a vector."""
+    """Each product and its gradients, with a bias, by rows and by columns; n is not a multiple of a vector."""
     t = rectangles()
     t = t.transposed() if transposed else t
     for by_columns in (False, True):

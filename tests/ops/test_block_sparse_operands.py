@@ -36,7 +36,7 @@ def test_layouts(kernel_backend, device, product):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_strided_operands(kernel_backend, device, product):
-    """Sliced and broadcast operands and output gradients, and values that are no contiguous tensor."""
+    """Sliced and broadcast operands and output gradients, and values that are not a contiguous tensor."""
     t = topology_of(device)
     function, reference = functions(product, t, backend=kernel_backend)
     inputs = make_inputs(product, t)

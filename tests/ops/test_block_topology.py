@@ -253,7 +253,7 @@ def index(*values):
         (
             lambda: BlockTopology.from_indices(index(0), index(0), (64, 72), 16),
             ValueError,
-            "cols 72 is no multiple of 16; pad it to 80",
+            "cols 72 is not a multiple of 16; pad it to 80",
         ),
         (lambda: BlockTopology.from_indices(index(0), index(0), (64,), 16), ValueError, "shape must be"),
         (
@@ -267,7 +267,7 @@ def index(*values):
             "rows must be int32 or int64",
         ),
         (lambda: BlockTopology.random((64, 64), 16, 1.1), ValueError, "density must be from 0 to 1, got 1.1"),
-        (lambda: BlockTopology.random((60, 64), 16, 0.5), ValueError, "rows 60 is no multiple of 16; pad it to 64"),
+        (lambda: BlockTopology.random((60, 64), 16, 0.5), ValueError, "rows 60 is not a multiple of 16; pad it to 64"),
         (
             lambda: BlockTopology.from_dispatch(gossamer.dispatch(index([0], [1]), 2), 40, 16),
             ValueError,

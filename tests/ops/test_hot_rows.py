@@ -96,7 +96,7 @@ def test_same_bits(kernel_backend, device):
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_modes(kernel_backend, device, mode):
-    """Fixed-width bags: a mean counts what is no padding, a maximum gives its column's gradient to one position."""
+    """Fixed-width bags: a mean counts what is not padding, a maximum gives its column's gradient to one position."""
     index = torch.randint(6, (40, 4), device=device)
     index[torch.rand(40, 4, device=device) < 0.5] = 5
     index[::7, 1] = 3

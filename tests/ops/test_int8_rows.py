@@ -197,7 +197,7 @@ def test_compiles(device):
 
 
 def test_what_is_refused():
-    """Another word, and formats whose codes are no whole numbers, by name."""
+    """Another word, and formats whose codes are not whole numbers, by name."""
     weight = stack("fp8", "cpu")
     for make in (lambda a: dataclasses.replace(weight, activations=a), lambda a: stack("fp8", "cpu", activations=a)):
         with pytest.raises(ValueError, match=r"activations can be 'int8' for the formats .* got format 'fp8'"):

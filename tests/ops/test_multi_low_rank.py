@@ -104,7 +104,7 @@ def test_mixed_ranks(kernel_backend, device, ranks):
 
 
 def test_rows_without_adapter_keep_their_bits(kernel_backend, dtype, device):
-    """Id −1 is no adapter, and not adapter 0: signed zeros, NaN and infinity stay, gradients skip the row."""
+    """Id −1 is not an adapter, and not adapter 0: signed zeros, NaN and infinity stay, gradients skip the row."""
     ids = make_ids(device=device, none=0.4)
     none = ids < 0
     inputs = make_inputs(device, dtype)

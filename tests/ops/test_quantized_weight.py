@@ -35,7 +35,7 @@ def test_zeros_and_odd_counts():
 
 
 @pytest.mark.parametrize("double", [False, True])
-# Its dequantiser for the CPU (0.50.2) is wrong for even widths that are no multiple of the block.
+# Its dequantiser for the CPU (0.50.2) is wrong for even widths that are not a multiple of the block.
 @pytest.mark.parametrize("shape", [(48, 128), (33, 45), (5, 320)])
 def test_nf4_is_that_of_bitsandbytes(double, shape):
     """The same codes and scales from its quantiser, and the same values, to the bit, from its dequantiser."""

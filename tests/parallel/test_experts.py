@@ -56,7 +56,7 @@ def naive_plan(owners, num_ranks, capacity, stays):
 @pytest.mark.parametrize("stays", [None, 0, 2])
 @pytest.mark.parametrize("capacity", [None, 2, 6])
 def test_plans(capacity, stays, device):
-    """Owner 3 is no rank: a slot without an expert."""
+    """Owner 3 is not a rank: a slot without an expert."""
     plan = plan_rows(OWNERS.to(device), 3, 3, capacity, stays)
     rows, dropped = naive_plan(OWNERS, 3, capacity, stays)
     assert plan.index.tolist() == [token for token, _ in rows]

@@ -48,13 +48,13 @@ class Call:
         if requests > 1 and len(shape) > 1:
             if shape[0] % requests:
                 raise ValueError(
-                    f"adapters cannot be told apart in a layer whose rows {tuple(shape)} are not those of {requests} "
-                    "requests, such as a table of positions"
+                    f"adapters cannot be assigned to rows in a layer whose rows {tuple(shape)} are not those of "
+                    f"{requests} requests, such as a table of positions"
                 )
             self._counts.add(count)
         elif requests > 1 and count not in self._counts:
             raise ValueError(
-                f"adapters cannot be told apart in a layer of {count} rows: of {requests} requests, "
+                f"adapters cannot be assigned to rows in a layer of {count} rows: of {requests} requests, "
                 f"{sorted(self._counts)} were expected, not some tokens of a batch"
             )
         if key not in self._sorted:

@@ -49,7 +49,7 @@ def _read_config(name: str, folder: Path) -> dict[str, object]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"adapter {name!r}: {path} is no JSON: {error}") from error
+        raise ValueError(f"adapter {name!r}: {path} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"adapter {name!r}: {path} must be of peft_type 'LORA', got {kind!r}")
@@ -88,7 +88,7 @@ def _read_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"adapter {name!r}: {path} is no safetensors file: {error}") from error
+        raise ValueError(f"adapter {name!r}: {path} is not a safetensors file: {error}") from error
 
 
 def _alpha(config: dict[str, object], path: str) -> float:

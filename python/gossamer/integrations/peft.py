@@ -254,7 +254,7 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
     Raises:
         TypeError: ``adapter_names`` is a str or holds something else than str and None.
         ValueError: the model was not switched, an adapter is missing, or one uses DoRA, which a mixed batch cannot; in
-            the block's forward passes, one updates a parameter by ``target_parameters`` that is none of experts; an
+            the block's forward passes, one updates a parameter outside experts by ``target_parameters``; an
             adapter has a part that only PEFT computes, such as ``modules_to_save``.
     """
     if isinstance(adapter_names, str) or not all(name is None or isinstance(name, str) for name in adapter_names):

@@ -79,7 +79,7 @@ def _linear_obstacle(module: nn.Linear, uses: Counter, weight_format: str, group
     if uses[id(module.weight)] > 1:
         return "its weight is another module's too"
     if module.weight.dtype not in (*FLOAT_DTYPES, torch.float64):
-        return "weight is no float tensor"
+        return "weight is not a floating-point tensor"
     if module.in_features % _width(weight_format, group_size):
         return f"it has {module.in_features} input columns, no multiple of {_width(weight_format, group_size)}"
     return None
@@ -143,7 +143,7 @@ def _obstacle(module: nn.Module, weight_format: str, group_size: int) -> str | N
         if isinstance(held, QuantizedExpertStack):
             return f"{name} is quantised already, as {held.format}"
         if not isinstance(held, torch.Tensor) or held.dtype not in (*FLOAT_DTYPES, torch.float64):
-            return f"{name} is no float tensor"
+            return f"{name} is not a floating-point tensor"
         if surgery.is_divided(held):
             return f"{name} is divided among processes; quantise it before it is divided"
         c = held.shape[1] if transposed else held.shape[2]

@@ -58,8 +58,8 @@ def dispatch_ids(top_k_index: torch.Tensor, num_experts: int) -> Dispatch:
     if top_k <= num_experts:
         # Of ranks that have some of the experts: rows of buffers for those slots alone.
         return dispatch(ids, num_experts, max_rows=ids.numel())
-    # Expert parallelism can leave a rank fewer experts than K. Ids from num_experts on are foreign whatever they are,
-    # so they may be sorted as experts whose rows lie past the last offset kept.
+    # Under expert parallelism a rank may have fewer experts than K. Ids from num_experts on belong to other ranks, and
+    # are sorted as experts whose rows lie past the last offset kept.
     wide = dispatch(ids, top_k)
     return dataclasses.replace(wide, offsets=wide.offsets[: num_experts + 1], num_experts=num_experts)
 

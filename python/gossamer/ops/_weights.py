@@ -23,7 +23,7 @@ E8M0_NAN = 255
 # How products take rows of x: as they are, or rounded to 8 bits, beside weights whose codes are whole numbers.
 ACTIVATIONS = ("float", "int8")
 WHOLE_FORMATS = ("int8", "int4", "mxfp4")
-# Columns of x that share a scale at most, and what is the least of a group that is not zero.
+# At most _INT8_GROUP columns of x share a scale. Columns that are all below _INT8_LEAST are rounded to zero.
 _INT8_GROUP = 128
 _INT8_LEAST = 2.0**-100
 

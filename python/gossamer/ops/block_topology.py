@@ -43,7 +43,7 @@ def _check_blocked(shape: object, block: tuple[int, int]) -> tuple[int, int]:
     for name, size, step in zip(("rows", "cols"), shape, block, strict=True):
         if size % step:
             raise ValueError(
-                f"shape must be in whole blocks: {name} {size} is no multiple of {step}; pad it to "
+                f"shape must be in whole blocks: {name} {size} is not a multiple of {step}; pad it to "
                 f"{(size + step - 1) // step * step}"
             )
     grid = shape[0] // block[0], shape[1] // block[1]

@@ -109,7 +109,7 @@ def _codes_at(parts: Parts, ids: torch.Tensor) -> torch.Tensor:
         first = frequent
     if len(found) == 2:
         return torch.where((ids < frequent).unsqueeze(1), found[0], found[1])
-    # Without a stored code no id is known, and ids are none.
+    # Without stored codes no id is valid, so there are no ids.
     return found[0] if found else ids.new_empty(len(ids), parts.coded)
 
 
@@ -190,7 +190,7 @@ def check_parts(parts: object, ids: torch.Tensor, num_rows: int) -> None:
     if not 0 <= parts.coded <= parts.maps.count:
         raise ValueError(f"parts.coded must be in [0, {parts.maps.count}], the number of maps, got {parts.coded}")
     if parts.coded and (parts.codes is None or parts.block):
-        raise ValueError("parts.codes must be given for coded parts, and those be no blocks")
+        raise ValueError("parts.codes must be given for coded parts, and parts.block must be 0")
     for name, stored, bits in zip(("codes", "rare"), (parts.codes, parts.rare), [*parts.bits, 0, 0], strict=False):
         if stored is None:
             continue

@@ -238,7 +238,7 @@ _tree_routing_backward = define(
 
 def _save(ctx, args: TreeRouting, output):
     gates, norm, ids, *_ = output
-    # Otherwise autograd would make zeros as gradients of results that nobody used.
+    # Otherwise autograd would allocate zeros as gradients of unused results.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(norm, ids)
     return args, gates, norm, ids

@@ -31,7 +31,7 @@ def _entries(folder: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no manifest of gossamer.parallel.save_checkpoint: {error!r}") from error
+        raise ValueError(f"{path} is not a manifest of gossamer.parallel.save_checkpoint: {error!r}") from error
 
 
 def _from_first(group: dist.ProcessGroup, find) -> object:
@@ -49,7 +49,7 @@ def _from_first(group: dist.ProcessGroup, find) -> object:
 
 def _check_state(state: object, folder: object) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise TypeError(f"state must be a mapping of names to what is saved, got {type(state).__name__}")
+        raise TypeError(f"state must be a mapping of names to values, got {type(state).__name__}")
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder must be a str or a path, got {type(folder).__name__}")
 

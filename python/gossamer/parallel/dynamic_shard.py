@@ -176,7 +176,7 @@ class DynamicShard(Table):
         return copy_beside(self, memo)
 
     def advance_clock(self, now: int) -> None:
-        """As :meth:`gossamer.nn.DynamicEmbedding.advance_clock`, on every rank alike."""
+        """As :meth:`gossamer.nn.DynamicEmbedding.advance_clock`; call it on every rank with the same time."""
         self.local.advance_clock(now)
 
     def expire(self) -> int:

@@ -138,7 +138,7 @@ class ShardedEmbeddingFolder:
         except FileNotFoundError:
             return []
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no manifest of a ShardedEmbeddingFolder: {error!r}") from error
+            raise ValueError(f"{path} is not a manifest of a ShardedEmbeddingFolder: {error!r}") from error
 
     def save(self, tensors: Mapping[str, torch.Tensor] | None = None, info: dict | None = None) -> None:
         """Write a checkpoint of all processes, then commit it; then remove obsolete files.

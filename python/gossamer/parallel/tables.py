@@ -208,8 +208,8 @@ def shard_tables(
         The model; the sharded table where the model itself is one.
 
     Raises:
-        TypeError: an argument is none of these.
-        ValueError: on every rank alike: the mesh lacks the dimension, the plan leaves out a table or names an unknown
+        TypeError: an argument has another type.
+        ValueError: on every rank: the mesh lacks the dimension, the plan leaves out a table or names an unknown
             one, there are more ranks than rows or columns, devices are mixed, or the ranks' models or plans differ.
     """
     mesh = _check_mesh(mesh, dim)

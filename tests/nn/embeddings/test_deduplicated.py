@@ -62,7 +62,7 @@ def test_tolerance_that_a_budget_needs():
     weight = weight.view(40, 8, 4) + torch.linspace(-0.03, 0.03, 40).view(40, 1, 1)
     weight = weight.flatten(0, 1)
     nbytes = 10 * 8 * 4 * 4 + 4 * 40
-    with pytest.raises(ValueError, match="with all blocks merged that are alike"):
+    with pytest.raises(ValueError, match="with all similar blocks merged"):
         DeduplicatedEmbedding.from_table(weight, nbytes=nbytes)
     table = DeduplicatedEmbedding.from_table(weight, nbytes=nbytes, tolerance=None)
     assert table.inference_nbytes() == nbytes
@@ -78,7 +78,9 @@ def test_budget_of_a_trained_table():
     table = DeduplicatedEmbedding.from_table(weight, block_rows=8, nbytes=half)
     block = 8 * 4 * 4
     assert half - block < table.inference_nbytes() <= half
-    with pytest.raises(ValueError, match=f"nbytes must be at least {10 * block + 160} for .* that are alike, got 900"):
+    with pytest.raises(
+        ValueError, match=f"nbytes must be at least {10 * block + 160} for .* similar blocks merged, got 900"
+    ):
         DeduplicatedEmbedding.from_table(weight, block_rows=8, nbytes=900)
 
 

@@ -371,9 +371,9 @@ def test_bad_files_are_named_and_change_nothing(device, tmp_path):
             victim.load(bad)
     safetensors_torch.save_file({"weight": torch.zeros(3)}, bad)
     for read in (victim.load, victim.apply_delta):
-        with pytest.raises(ValueError, match=r"bad is no (checkpoint|delta) of a gossamer\.nn\.DynamicEmbedding"):
+        with pytest.raises(ValueError, match=r"bad is not a (checkpoint|delta) of a gossamer\.nn\.DynamicEmbedding"):
             read(bad)
-    with pytest.raises(ValueError, match=r"is no checkpoint .*its kind is 'delta'"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint .*its kind is 'delta'"):
         victim.load(tmp_path / "delta")
     with pytest.raises(FileNotFoundError, match="nothing"):
         victim.load(tmp_path / "nothing")

@@ -469,7 +469,7 @@ def test_a_table_that_is_computed_anew_takes_no_step(how):
         prune.random_unstructured(layer, "weight", 0.5)
     else:
         parametrize.register_parametrization(layer, "weight", torch.nn.Tanh())
-    with pytest.raises(ValueError, match=r"optimizer must be None where weight is no parameter.*got SGD"):
+    with pytest.raises(ValueError, match=r"optimizer must be None where weight is not a parameter.*got SGD"):
         layer(torch.tensor([[1, 2]]))
 
 

@@ -234,7 +234,7 @@ def test_bad_arguments_and_manifests(device, tmp_path):
         folder.save(info={"step": torch.ones(1)})
     for text in ("{", "[]", json.dumps({"format": 1, "checkpoints": []}), "\xff"):
         (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
-        with pytest.raises(ValueError, match=r"manifest.json is no manifest of a gossamer.nn.EmbeddingFolder"):
+        with pytest.raises(ValueError, match=r"manifest.json is not a manifest of a gossamer.nn.EmbeddingFolder"):
             folder.load()
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(ValueError, match=r"manifest.json is of format=2, but this layer has format=1"):

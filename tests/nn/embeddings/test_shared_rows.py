@@ -83,7 +83,7 @@ def test_hash_is_the_dense_table_below_its_rows(device):
 
 @pytest.mark.parametrize("kind", [HashEmbedding, DoubleHashEmbedding])
 def test_every_id_counts_in_a_mean(kind, device):
-    """−1 too, which is no padding."""
+    """−1 too, which is not padding."""
     table = kind(10, 4, num_rows=3, mode="mean", device=device)
     ids, offsets = torch.tensor([0, -1, -1, 5, -1], device=device), torch.tensor([0, 3], device=device)
     with torch.no_grad():

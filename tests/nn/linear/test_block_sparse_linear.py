@@ -250,7 +250,7 @@ TOPOLOGY = gossamer.BlockTopology.random((64, 32), 16, 0.5)
             ValueError,
             r"in whole blocks = \(64, 64\).*got \(64, 32",
         ),
-        (lambda: BlockSparseLinear(64, 32, topology=TOPOLOGY.transposed()), ValueError, "be no transposed view"),
+        (lambda: BlockSparseLinear(64, 32, topology=TOPOLOGY.transposed()), ValueError, "not be a transposed view"),
         (
             lambda: BlockSparseLinear(32, 64, topology=TOPOLOGY)(torch.zeros(3, 33)),
             ValueError,

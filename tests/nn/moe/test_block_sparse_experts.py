@@ -11,7 +11,7 @@ from gossamer.nn.moe.experts.block_sparse import PaddedExperts, _row_block
 from gossamer.ops.dispatch import dispatch
 from gossamer.testing import random_expert_ids
 
-# I is one block of 32 and half of another, so blocks have 16 columns; T·K/E is no multiple of a block's rows.
+# I is one block of 32 and half of another, so blocks have 16 columns; T·K/E is not a multiple of a block's rows.
 H, I, E, K, T = 40, 48, 5, 2, 53
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from gossamer.nn import Experts, HashRouter, MoE, SharedExpert, SoftmaxRouter, given_experts, load_balance_loss
 from gossamer.testing import assert_close, random_expert_ids
 
-# H and I are multiples of nothing; T is no multiple of E or of a tile; K = 3 of 7 leaves experts with few tokens.
+# H and I are multiples of nothing; T is not a multiple of E or of a tile; K = 3 of 7 leaves experts with few tokens.
 H, I, E, K, T = 40, 24, 7, 3, 45
 
 

@@ -20,7 +20,7 @@ H, I, E, K = 32, 16, 8, 2
 
 
 class TorchLaunches(TorchDispatchMode):
-    """Adds to ``names`` each operator of torch that is no view."""
+    """Adds to ``names`` each operator of torch that is not a view."""
 
     def __init__(self, names):
         super().__init__()

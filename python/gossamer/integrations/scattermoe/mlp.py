@@ -69,7 +69,7 @@ class _FeedForward(nn.Module):
         check_same_device(x=x, expert_p=expert_p, expert_idxs=expert_idxs)
 
     def _between(self, hidden: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define what stands between its products")
+        raise NotImplementedError(f"{type(self).__name__} must define the activation between its products")
 
     def forward(self, x: torch.Tensor, expert_p: torch.Tensor, expert_idxs: torch.Tensor) -> torch.Tensor:
         """``y[t] = Σ_j expert_p[t,j]·expert_{expert_idxs[t,j]}(x[t])``.
@@ -77,7 +77,7 @@ class _FeedForward(nn.Module):
         Args:
             x: ``(..., input_size)``; T is the product of the leading sizes.
             expert_p: ``(T, top_k)`` floating, the gates.
-            expert_idxs: ``(T, top_k)`` int32 or int64; ids of ``num_experts`` and more are no expert.
+            expert_idxs: ``(T, top_k)`` int32 or int64; ids of ``num_experts`` and more mean no expert.
 
         Returns:
             The shape of ``x``.

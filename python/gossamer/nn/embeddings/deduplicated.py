@@ -130,7 +130,7 @@ class DeduplicatedEmbedding(SharedRowsTable):
             stored, kept = _merge(flat, step, share, bands, seed, enough)
         if nbytes is not None and size(len(kept)) > nbytes:
             raise ValueError(
-                f"nbytes must be at least {size(len(kept))} for {cls.__name__} with all blocks merged that are alike, "
+                f"nbytes must be at least {size(len(kept))} for {cls.__name__} with all similar blocks merged, "
                 f"got {nbytes}"
             )
         options = {"device": weight.device, "dtype": weight.dtype} | options

@@ -75,7 +75,7 @@ class EmbeddingFolder:
         lineage: the digest that the next delta names; None before the first checkpoint.
 
     Raises:
-        TypeError, ValueError: an argument is none of these.
+        TypeError, ValueError: an argument is not as described.
     """
 
     def __init__(self, path: str | os.PathLike, layers: Mapping[str, DynamicEmbedding], *, keep: int = 2) -> None:
@@ -312,8 +312,8 @@ def read_manifest(path: str | os.PathLike) -> Manifest | None:
         if orphans := sorted(path.parent.glob("checkpoint-*.safetensors")):
             raise ValueError(
                 f"{path.parent} holds {len(orphans)} checkpoints, such as {orphans[-1].name}, and no {_MANIFEST}: "
-                "restore it, or move them away to begin anew"
+                "restore it, or move them away to start over"
             ) from None
         return None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} is no manifest of a gossamer.nn.EmbeddingFolder: {error!r}") from error
+        raise ValueError(f"{path} is not a manifest of a gossamer.nn.EmbeddingFolder: {error!r}") from error

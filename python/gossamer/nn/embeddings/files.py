@@ -103,7 +103,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], d
             header = json.loads((file.metadata() or {}).get("gossamer", "null"))
             if not isinstance(header, dict) or header.get("kind") != kind:
                 got = header.get("kind") if isinstance(header, dict) else None
-                raise ValueError(f"{path} is no {kind} of a gossamer.nn.DynamicEmbedding (its kind is {got!r})")
+                raise ValueError(f"{path} is not a {kind} of a gossamer.nn.DynamicEmbedding (its kind is {got!r})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path} is truncated or corrupt: {error}") from error

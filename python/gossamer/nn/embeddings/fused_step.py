@@ -163,7 +163,7 @@ class FusedStep(torch.nn.Module):
         table = table or self.tables[0]
         if table not in self._parameters:
             raise ValueError(
-                f"optimizer must be None where {table} is no parameter, as under a parametrization or "
+                f"optimizer must be None where {table} is not a parameter, as under a parametrization or "
                 f"pruning, got {type(self.optimizer).__name__}: its steps would be lost"
             )
         names = ("step", *self.optimizer.state_kinds())

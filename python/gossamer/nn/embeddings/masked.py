@@ -274,7 +274,7 @@ def search_widths(
 
     Raises:
         TypeError: ``tables`` are not :class:`MaskedEmbedding`, ``score`` is not callable or gives no number, or an
-            argument is no number.
+            argument is not a number.
         ValueError: there is no table, a number is below 1, ``mutation_probability`` is not in [0, 1], or even one
             column of each table is larger than ``nbytes``.
 

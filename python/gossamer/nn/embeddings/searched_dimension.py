@@ -47,7 +47,7 @@ class SearchedDimensionEmbedding(NarrowRowsTable):
 
     Raises:
         TypeError: a size is not an int, or ``optimizer`` is not one of :mod:`gossamer.optim`.
-        ValueError: a size is below 1, ``candidates`` are none, not distinct or above D, ``temperature`` is not
+        ValueError: a size is below 1, ``candidates`` are empty, repeated or above D, ``temperature`` is not
             positive, or the mode is unknown.
 
     Source: Zhao et al., "AutoDim: Field-aware Embedding Dimension Search in Recommender Systems", WWW 2021.

@@ -53,7 +53,7 @@ class Table(nn.Module):
         super().__setattr__(name, value)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """The vectors ``(..., D)`` of ``ids (...)``, int32 or int64, differentiable in what is trained."""
+        """The vectors ``(..., D)`` of ``ids (...)``, int32 or int64, differentiable in the trained parameters."""
         raise NotImplementedError(f"{type(self).__name__} must define lookup(ids)")
 
     def forward(

@@ -157,7 +157,7 @@ class BlockSparseLinear(nn.Module):
         if topology.order is not None or topology.grid != grid:
             wanted = (grid[0] * topology.block[0], grid[1] * topology.block[1])
             raise ValueError(
-                f"topology must have shape (O, I) in whole blocks = {wanted} and be no transposed view, got "
+                f"topology must have shape (O, I) in whole blocks = {wanted} and not be a transposed view, got "
                 f"{topology.shape}{' transposed' if topology.order is not None else ''}"
             )
         mask = topology.to_mask()

@@ -50,7 +50,7 @@ class KeyValueCache:
 
         Raises:
             TypeError: one is not a dense floating tensor, or they have another dtype than each other or the cache.
-            ValueError: the other sizes differ from each other's or those in the cache, or the devices do.
+            ValueError: other sizes or devices differ, between keys and values or from those in the cache.
         """
         check_floating("keys", keys)
         check_floating("values", values)

@@ -130,7 +130,7 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
                 parameter.uniform_(-(inputs**-0.5), inputs**-0.5)
 
     def reset_parameters(self) -> None:
-        """Redraw tables and sub-keys; the optimizer too starts anew."""
+        """Redraw tables and sub-keys, and reset the optimizer."""
         self._draw()
         self._reset_state()
 

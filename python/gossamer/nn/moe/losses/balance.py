@@ -69,7 +69,7 @@ def slot_balance_loss(
     experts.
 
     Args:
-        routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
+        routing: as in :func:`load_balance_loss`; so are ``mask``, ``group``, the result and the errors.
         mask: tokens that count.
         group: of data-parallel ranks.
     """
@@ -89,7 +89,7 @@ def switch_balance_loss(
     A token's first choice is its expert of the largest weight. XMoE uses it for several experts per token.
 
     Args:
-        routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
+        routing: as in :func:`load_balance_loss`; so are ``mask``, ``group``, the result and the errors.
         mask: tokens that count.
         group: of data-parallel ranks.
     """
@@ -106,7 +106,7 @@ def gshard_balance_loss(
     """The balance loss of GShard, the mean over experts of ``f_e·P_e`` with f of first choices: balanced at 1/E².
 
     Args:
-        routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
+        routing: as in :func:`load_balance_loss`; so are ``mask``, ``group``, the result and the errors.
         mask: tokens that count.
         group: of data-parallel ranks.
     """
@@ -130,7 +130,7 @@ def importance_loss(
     ``CV² = variance / mean²`` over the experts.
 
     Args:
-        routing: as in :func:`load_balance_loss`, like ``mask``, ``group``, what is returned and what is raised.
+        routing: as in :func:`load_balance_loss`; so are ``mask``, ``group``, the result and the errors.
         mask: tokens that count.
         group: of data-parallel ranks.
     """
