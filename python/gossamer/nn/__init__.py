@@ -73,6 +73,7 @@ from gossamer.nn.moe.routers.cluster import ClusterRouter
 from gossamer.nn.moe.routers.domain import DomainRouter
 from gossamer.nn.moe.routers.dselect_k import DSelectKRouter, selector_gates
 from gossamer.nn.moe.routers.expert_choice import ExpertChoiceRouter, expert_choice, expert_choice_threshold
+from gossamer.nn.moe.routers.gates import smooth_step
 from gossamer.nn.moe.routers.hash import HashRouter, frequency_table
 from gossamer.nn.moe.routers.linear import LinearRouter, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
 from gossamer.nn.moe.routers.permutation import LearnedPermutation
@@ -80,17 +81,9 @@ from gossamer.nn.moe.routers.prototype import PrototypeRouter, softmax_prototype
 from gossamer.nn.moe.routers.threshold import ThresholdRouter, softmax_threshold
 from gossamer.nn.moe.routers.token_rounding import TokenRounding, round_tokens
 from gossamer.nn.moe.routers.top_p import TopPRouter, softmax_top_p
+from gossamer.nn.moe.routers.topk import sigmoid_topk, softmax_topk, topk_softmax
 from gossamer.nn.moe.routers.tree import TreeRouter, tree_gates
-from gossamer.nn.moe.routing import (
-    Routing,
-    given_experts,
-    sigmoid_probabilities,
-    sigmoid_topk,
-    smooth_step,
-    softmax_probabilities,
-    softmax_topk,
-    topk_softmax,
-)
+from gossamer.nn.moe.routing import Routing, given_experts, sigmoid_probabilities, softmax_probabilities
 from gossamer.nn.schedules import ConstantSchedule, CosineSchedule, Schedule
 
 __all__ = [

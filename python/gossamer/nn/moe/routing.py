@@ -1,4 +1,4 @@
-"""Routings: the experts of each token and their weights, as functions of logits or of given ids."""
+"""Routings: the experts of each token and their weights, the result of a router and the input of an expert layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch.compiler import is_compiling
 from gossamer._backend import transformed
 from gossamer._checks import (
     MAX_SIZE,
-    check_flag,
     check_floating,
     check_index,
     check_number,
@@ -27,17 +26,7 @@ from gossamer._checks import (
     check_tensor,
 )
 from gossamer.ops.dispatch import Dispatch, dispatch
-from gossamer.ops.topk_routing import (
-    EPSILON,
-    check_logits,
-    finite_logits,
-    fused_mass,
-    fused_topk,
-    live_experts,
-    masked_softmax,
-    select_experts,
-)
-from gossamer.ops.tree_routing import PartGates, smooth_steps
+from gossamer.ops.topk_routing import EPSILON, check_logits, finite_logits, fused_mass, masked_softmax, select_experts
 
 
 def check_hidden(x: torch.Tensor, hidden_size: int, parameter: torch.Tensor | None = None) -> None:
@@ -278,21 +267,6 @@ class Routing:
         return Routing(**arguments | changed)
 
 
-def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: int) -> torch.Tensor:
-    """``(T, E)`` bool, true outside the ``topk_group`` groups with the largest sums of their ``best`` highest choices.
-
-    A masked expert (−inf) adds nothing to its group's sum, and a wholly masked group ranks last.
-    """
-    num_tokens, num_experts = choice.shape
-    size = num_experts // n_group
-    top = choice.view(num_tokens, n_group, size).topk(min(best, size), dim=-1).values
-    rest = top[..., 1:]
-    group_scores = top[..., 0] + rest.masked_fill(rest == -math.inf, 0.0).sum(dim=-1)
-    chosen = group_scores.topk(topk_group, dim=-1).indices
-    outside = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen, False)
-    return outside.unsqueeze(-1).expand(num_tokens, n_group, size).reshape(num_tokens, num_experts)
-
-
 def as_logits(logits: torch.Tensor) -> torch.Tensor:
     """``(..., E)`` of any floating dtype as ``(T, E)`` of at least float32."""
     check_tensor("logits", logits)
@@ -317,19 +291,6 @@ def check_share(name: str, value: float) -> None:
     check_number(name, value, above=0, most=1)
 
 
-def most_experts(num_experts: int, max_experts: int | None) -> int:
-    """The maximum number of experts per token: ``max_experts``, which is checked, or E."""
-    check_positive(num_experts=num_experts)
-    if max_experts is None:
-        return num_experts
-    check_positive(max_experts=max_experts)
-    if max_experts > num_experts:
-        raise ValueError(
-            f"max_experts must be at most num_experts, got max_experts={max_experts}, num_experts={num_experts}"
-        )
-    return max_experts
-
-
 def check_rows_per_token(rows_per_token: float | None) -> None:
     """A bound on the mean number of experts of a token must be a positive, finite number, or None."""
     check_number("rows_per_token", rows_per_token, above=0, finite=True, optional=True)
@@ -350,52 +311,6 @@ def route_where(live: torch.Tensor, weights: torch.Tensor, **arguments: object) 
     experts = torch.arange(num_experts, device=live.device)
     ids = torch.where(live, experts, num_experts)
     return Routing(ids, torch.where(live, weights, 0.0), num_experts, **arguments)
-
-
-def route_gates(
-    scores: torch.Tensor, gates: torch.Tensor, max_experts: int | None = None, **arguments: object
-) -> Routing:
-    """The experts with a positive gate in ``gates (T, E)``, or the ``max_experts`` highest of them.
-
-    The gates were computed from ``scores (T, any)``, which must not be NaN on the CPU.
-    """
-    if max_experts is None or max_experts == gates.shape[1]:
-        return route_where(live_experts(scores.detach(), gates.detach()), gates, **arguments)
-    num_experts = gates.shape[1]
-    ids = select_experts(scores.detach(), gates.detach(), max_experts)
-    weights = gates.gather(1, ids)
-    absent = weights <= 0
-    return Routing(ids.masked_fill(absent, num_experts), weights.masked_fill(absent, 0.0), num_experts, **arguments)
-
-
-def route_parts(scores: torch.Tensor, parts: PartGates, max_experts: int, **arguments: object) -> Routing:
-    """The experts that a kernel has chosen by the gates of parts, or those of :func:`route_gates`."""
-    if parts.expert_ids is None:
-        return route_gates(scores, parts.gates, max_experts, **arguments)
-    return Routing(parts.expert_ids, parts.weights, parts.gates.shape[1], **arguments)
-
-
-def smooth_step(v: torch.Tensor, gamma: float) -> torch.Tensor:
-    """``S(v)``, 0 up to −γ/2, 1 from γ/2 on, between them ``−2v³/γ³ + 3v/(2γ) + 1/2``; its derivative is continuous.
-
-    NaN and −inf give 0, +inf gives 1. The ends are exact, so that a saturated value is saturated in every dtype.
-
-    Args:
-        v: floating, of any shape.
-        gamma: the width of the rise, positive.
-
-    Raises:
-        TypeError: ``v`` is not floating, or ``gamma`` is not a number.
-        ValueError: ``gamma`` is not positive and finite.
-    """
-    check_floating("v", v)
-    check_gamma(gamma)
-    return smooth_steps(v, gamma)[0]
-
-
-def check_gamma(gamma: float) -> None:
-    """The width of a smooth step must be a positive, finite number."""
-    check_number("gamma", gamma, above=0, finite=True)
 
 
 def dense_weights(routing: Routing) -> torch.Tensor:
@@ -450,150 +365,6 @@ def softmax_until(
     if logits.shape[1] > num_experts:
         ids, weights, logits = ids.gather(1, order), weights.gather(1, order), logits[:, :num_experts]
     return Routing(ids, weights, num_experts, logits)
-
-
-def softmax_topk(
-    logits: torch.Tensor,
-    top_k: int,
-    *,
-    renormalize: bool = False,
-    n_group: int = 1,
-    topk_group: int = 1,
-    scale: float = 1.0,
-) -> Routing:
-    """The K experts of highest softmax probability: ``w = scale · softmax(logits)[ids]``, as in OLMoE.
-
-    With ``renormalize`` a token's weights are divided by their sum (Mixtral, Qwen3-MoE). This equals the softmax over
-    the chosen logits and is computed as such, so experts not chosen get exactly zero gradient. At K = 1 the
-    renormalised weight is constant, so that a task loss cannot train the router.
-
-    With ``n_group > 1`` only the ``topk_group`` groups (of E / n_group neighbouring experts each) whose best expert is
-    most probable take part (DeepSeek-V2).
-
-    Among experts with equal scores the kernels take the lower id first. Plain torch, which computes float64 logits and
-    cases without a kernel, guarantees no order.
-
-    A logit of −inf masks its expert. Where a token has fewer than K unmasked experts, its other slots hold distinct
-    masked experts with weight 0. NaN and +inf are errors on the CPU. On CUDA, where values are not read back, NaN is
-    treated as −inf and +inf as the largest finite number, so that ids stay distinct and in range and other tokens are
-    not affected; ``Routing.logits`` keeps the original values.
-
-    Args:
-        logits: ``(..., E)``, floating, converted to float32 (float64 stays); T is the product of the leading sizes.
-        top_k: K, at most E.
-        renormalize: whether a token's weights add up to ``scale``.
-        n_group: groups that the experts form; divides E.
-        topk_group: groups that a token may use.
-        scale: factor on the weights.
-
-    Returns:
-        A :class:`Routing` with a token's experts in descending order of probability.
-
-    Raises:
-        TypeError: ``logits`` is not a floating tensor, or a size is not an int.
-        ValueError: K, ``n_group`` or ``topk_group`` do not fit E, or ``scale`` is not finite; on the CPU, a logit is
-            NaN or +inf.
-    """
-    logits = as_logits(logits)
-    check_selection(logits.shape[1], top_k, n_group, topk_group, scale)
-    check_flag("renormalize", renormalize)
-    options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
-    if (fused := fused_topk(logits, None, top_k, sigmoid=False, **options)) is not None:
-        return Routing(*fused, logits.shape[1], logits)
-    if n_group == 1:
-        ids = select_experts(logits, logits, top_k)
-        picked, outside = logits.gather(1, ids), None
-    else:
-        choice = finite_logits(logits.detach())
-        outside = _outside_groups(choice, n_group, topk_group, best=1)
-        ids = select_experts(logits, choice.masked_fill(outside, -math.inf), top_k)
-        outside = outside.gather(1, ids)
-        picked = logits.gather(1, ids).masked_fill(outside, -math.inf)
-    if renormalize:
-        weights = masked_softmax(picked)
-    else:
-        weights = masked_softmax(logits).gather(1, ids)
-        if outside is not None:
-            weights = weights.masked_fill(outside, 0.0)
-    return Routing(ids, weights if scale == 1.0 else weights * scale, logits.shape[1], logits)
-
-
-def topk_softmax(logits: torch.Tensor, top_k: int) -> Routing:
-    """The K highest logits, and their softmax as weights: ``w = softmax(logits[ids])``, as in gpt-oss and Mixtral.
-
-    The same as :func:`softmax_topk` with ``renormalize=True``, with the same errors and rules for −inf and NaN.
-
-    Args:
-        logits: ``(..., E)``, floating.
-        top_k: K, at most E.
-    """
-    return softmax_topk(logits, top_k, renormalize=True)
-
-
-def sigmoid_topk(
-    logits: torch.Tensor,
-    top_k: int,
-    *,
-    correction_bias: torch.Tensor | None = None,
-    n_group: int = 1,
-    topk_group: int = 1,
-    renormalize: bool = True,
-    scale: float = 1.0,
-) -> Routing:
-    """Selection by biased sigmoid scores inside the best groups, and weights from unbiased scores, as in DeepSeek-V3.
-
-    ``s = σ(logits)`` and ``r = s + correction_bias``. A group of E / n_group neighbouring experts scores the sum of its
-    two highest ``r``; inside the ``topk_group`` best groups the K highest ``r`` are chosen, and
-    ``w = scale · s[ids] / (Σ s[ids] + 1e-20)``. The bias takes no gradient; :func:`update_expert_bias` moves it.
-
-    Masked experts, NaN and +inf as in :func:`softmax_topk`. A masked expert adds nothing to its group's score, a wholly
-    masked group ranks last, and ``correction_bias = -inf`` masks an expert for every token.
-
-    Args:
-        logits: ``(..., E)``, floating, converted to float32 (float64 stays).
-        top_k: K, at most ``E / n_group · topk_group``.
-        correction_bias: ``(E,)`` floating, or None.
-        n_group: groups that the experts form; divides E.
-        topk_group: groups that a token may use.
-        renormalize: whether weights are divided by their sum.
-        scale: factor on the weights (``routed_scaling_factor``).
-
-    Returns:
-        A :class:`Routing` with a token's experts in descending order of ``r``.
-
-    Raises:
-        TypeError: ``logits`` is not a floating tensor, or a size is not an int.
-        ValueError: sizes do not fit E; ``correction_bias`` has another shape or device; on the CPU, a logit is NaN or
-            +inf, or the bias NaN.
-    """
-    logits = as_logits(logits)
-    num_experts = logits.shape[1]
-    check_selection(num_experts, top_k, n_group, topk_group, scale)
-    if correction_bias is not None:
-        check_shape("correction_bias", correction_bias, (num_experts,), "(E,)")
-        check_strided("correction_bias", correction_bias)
-        check_same_device(logits=logits, correction_bias=correction_bias)
-    check_flag("renormalize", renormalize)
-    options = {"renormalize": renormalize, "n_group": n_group, "topk_group": topk_group, "scale": scale}
-    if (fused := fused_topk(logits, correction_bias, top_k, sigmoid=True, **options)) is not None:
-        return Routing(*fused, num_experts, logits, probabilities=sigmoid_probabilities)
-    clean = finite_logits(logits)
-    scores = clean.sigmoid()
-    with torch.no_grad():
-        choice = scores
-        if correction_bias is not None:
-            choice = scores + correction_bias
-        choice = choice.masked_fill(clean == torch.finfo(clean.dtype).min, -math.inf)
-        if n_group > 1:
-            choice = choice.masked_fill(_outside_groups(choice, n_group, topk_group, best=2), -math.inf)
-        ids = select_experts(logits, choice, top_k)
-        # Not "== -inf", because a NaN from the bias must not pass either.
-        unavailable = ~(choice.gather(1, ids) > -math.inf)
-    weights = scores.gather(1, ids).masked_fill(unavailable, 0.0)
-    if renormalize:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
-    weights = weights if scale == 1.0 else weights * scale
-    return Routing(ids, weights, num_experts, logits, probabilities=sigmoid_probabilities)
 
 
 def given_experts(expert_ids: torch.Tensor, num_experts: int, weights: torch.Tensor | None = None) -> Routing:

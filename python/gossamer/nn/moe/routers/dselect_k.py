@@ -8,17 +8,9 @@ import torch
 from torch import nn
 
 from gossamer._checks import check_floating, check_positive, check_same_device, check_shape
+from gossamer.nn.moe.routers.gates import check_gamma, most_experts, route_parts
 from gossamer.nn.moe.routers.linear import LinearRouter
-from gossamer.nn.moe.routing import (
-    Routing,
-    as_logits,
-    check_gamma,
-    check_hidden,
-    check_rows_per_token,
-    most_experts,
-    route_parts,
-    row_bound,
-)
+from gossamer.nn.moe.routing import Routing, as_logits, check_hidden, check_rows_per_token, row_bound
 from gossamer.ops.tree_routing import TreeRouting, tree_routing
 
 

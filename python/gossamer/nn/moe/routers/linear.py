@@ -9,14 +9,8 @@ from torch import nn
 from gossamer._autocast import no_autocast
 from gossamer._checks import check_flag, check_positive
 from gossamer.nn.moe.routers.base import Router
-from gossamer.nn.moe.routing import (
-    Routing,
-    check_hidden,
-    check_selection,
-    sigmoid_topk,
-    softmax_topk,
-    topk_softmax,
-)
+from gossamer.nn.moe.routers.topk import sigmoid_topk, softmax_topk, topk_softmax
+from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
 
 
 class _WideLinear(torch.autograd.Function):

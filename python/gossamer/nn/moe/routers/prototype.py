@@ -10,13 +10,8 @@ import torch
 from gossamer._checks import check_positive
 from gossamer.nn.moe.capacity import check_capacity_factor, limit_capacity
 from gossamer.nn.moe.routers.linear import LinearRouter
-from gossamer.nn.moe.routing import (
-    Routing,
-    as_logits,
-    check_finite_logits,
-    softmax_probabilities,
-    softmax_topk,
-)
+from gossamer.nn.moe.routers.topk import softmax_topk
+from gossamer.nn.moe.routing import Routing, as_logits, check_finite_logits, softmax_probabilities
 
 
 def _check_prototypes(num_experts: int, num_prototypes: int) -> None:

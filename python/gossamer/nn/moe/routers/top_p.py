@@ -5,15 +5,9 @@ from __future__ import annotations
 import torch
 
 from gossamer._checks import last_size
+from gossamer.nn.moe.routers.gates import most_experts
 from gossamer.nn.moe.routers.linear import LinearRouter
-from gossamer.nn.moe.routing import (
-    Routing,
-    check_rows_per_token,
-    check_share,
-    most_experts,
-    row_bound,
-    softmax_until,
-)
+from gossamer.nn.moe.routing import Routing, check_rows_per_token, check_share, row_bound, softmax_until
 
 
 def softmax_top_p(logits: torch.Tensor, top_p: float, *, max_experts: int | None = None) -> Routing:
