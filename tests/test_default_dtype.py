@@ -12,6 +12,7 @@ from gossamer.nn import (
     QuantizedEmbedding,
     given_experts,
 )
+from gossamer.ops import quantized_weight
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
@@ -32,6 +33,13 @@ def under(request):
 
 def codes():
     return QuantizedEmbedding(4, 8, bits=16, dtype=torch.float32).weight
+
+
+def nf4_codes():
+    # A table of values that an earlier call made must not hide one that this call would make.
+    quantized_weight._nf4_code.cache_clear()
+    weight = torch.linspace(-1, 1, 512, dtype=torch.float32).sin().view(8, 64)
+    return gossamer.NF4Weight.quantize(weight).data
 
 
 def merged_blocks():
@@ -66,7 +74,7 @@ def moved_blocks():
 
 
 @pytest.mark.parametrize(
-    "drawn", [codes, merged_blocks, random_blocks, random_choice, moved_blocks], ids=lambda f: f.__name__
+    "drawn", [codes, nf4_codes, merged_blocks, random_blocks, random_choice, moved_blocks], ids=lambda f: f.__name__
 )
 def test_same_bits(under, drawn):
     assert torch.equal(under(drawn), under(drawn, torch.float32))

@@ -36,7 +36,7 @@ ZERO_INDEX = 7
 @functools.cache
 def _nf4_code() -> torch.Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(NF4_CODE, device="cpu")
+        return torch.tensor(NF4_CODE, device="cpu", dtype=torch.float32)
 
 
 @functools.cache
