@@ -76,6 +76,13 @@ void expert_mlp_backward(const ExpertMlpBackwardArgs& args, int num_threads);
 // processed together, and with a power of two as stride they would share a few cache sets.
 inline int64_t sum_stride(int64_t width) { return ((width + 15) / 16 | 1) * 16; }
 
+// The largest chunk of few rows.
+constexpr int64_t kFewRows = 16;
+// The most chunks of few rows that are computed together, and how many if the activations of each take `bytes`: they should stay in a
+// second-level cache.
+constexpr int64_t kMostTogether = 16;
+constexpr int64_t most_together(int64_t bytes) { return std::clamp<int64_t>((512 << 10) / bytes, 1, kMostTogether); }
+
 // Memory for an update's low-rank rows, or their gradients: sums with tokens as columns, and packed forms for products with
 // factors and for sums over tokens (the same memory if P is the type of sums); then saved rows with tokens as rows, and partial
 // gradients of the factors.
@@ -122,9 +129,11 @@ struct ExpertMlpBuffers {
   LowRankMemory<P> up_update, down_update;
   // Each thread's own copy of a chunk of at most kFewRows rows: packing so few takes less time than bringing over what other threads
   // have packed.
-  static constexpr int64_t kFewRows = 16;
   P* x_few = nullptr;
   int64_t x_few_size = 0;
+  // Room for the activations of several chunks of so few rows, which are computed together.
+  P* act_few = nullptr;
+  int64_t act_few_size = 0, together = 0;
 
   ExpertMlpBuffers(Arena& arena, const ExpertMlpForwardArgs& a, int num_threads) {
     take_queues(arena, num_threads);
@@ -132,6 +141,9 @@ struct ExpertMlpBuffers {
     x_c = arena.take<P>(panel_size(packed_depth<P>(a.hidden), chunk));
     x_few_size = panel_size(packed_depth<P>(a.hidden), kFewRows);
     x_few = arena.take<P>(num_threads * x_few_size);
+    act_few_size = panel_size(packed_depth<P>(a.inner), kFewRows);
+    together = a.updated() ? 0 : most_together(act_few_size * sizeof(P));
+    act_few = arena.take<P>(together * act_few_size);
     act_c = arena.take<P>(panel_size(packed_depth<P>(a.inner), chunk));
     if (sizeof(S) > element_size(a.dtype)) sum = arena.take<S>(a.tokens * sum_stride(a.output));
     up_update.take(arena, a.gate_up_update.rank, chunk, false);

@@ -9,11 +9,11 @@
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
-// A chunk's rows: token and routing weight of each, zero past the end.
-template <class T>
+// A chunk's rows, at most `Most`: token and routing weight of each, zero past the end.
+template <class T, int64_t Most = ThreadBuffers<Accumulator<T>>::kMaxChunk>
 struct ChunkRows {
   using S = Accumulator<T>;
-  static constexpr int64_t kRoom = ThreadBuffers<S>::kMaxChunk + kLanes<S>;
+  static constexpr int64_t kRoom = Most + kLanes<S>;
   int64_t token[kRoom];
   const T* row[kRoom];
   alignas(64) S weight[kRoom];
@@ -38,6 +38,7 @@ template <class T>
 struct ExpertMlpThread {
   ThreadBuffers<Operand<T>> buffers;
   ChunkRows<T> rows;
+  ChunkRows<T, kFewRows> few[kMostTogether];  // of chunks that are computed together
 };
 
 // Rows of the pre-activation, as gate_up orders them: gate i, and up i when gated.
@@ -71,7 +72,8 @@ struct TokenSums {
   }
 
   // Adds the transpose of c (columns x tokens of the chunk), each token's row times its factor, at `column`.
-  void add(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T>& rows, int64_t chunk, bool weighted,
+  template <int64_t Most>
+  void add(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T, Most>& rows, int64_t chunk, bool weighted,
            int64_t column) const {
     for_transposed(c, c_stride, columns, chunk, [&](int64_t i, int64_t offset, Vec<S> v, int valid) {
       S* to = at(rows.token[i], column + offset);
@@ -151,7 +153,28 @@ void save_preactivation(const ExpertMlpArgs& a, const Chunk& chunk, int64_t firs
   }
 }
 
+// The activations of what preactivation() computed for columns first .. first+count, packed for products along them.
+template <class P, class S>
+void store_activation(const ExpertMlpArgs& a, const S* c, const S* up, int64_t step, const Panel<P>& act, int64_t first,
+                      int64_t count) {
+  visit_activation<S>(a.activation, [&](auto activation) {
+    const auto value = [&](int64_t row, int64_t t) {
+      const Vec<S> gate = load(c + row * step + t);
+      return activation(GateUp<S>{gate, up ? load(up + row * step + t) : gate}).value;
+    };
+    for (int64_t row = 0; row < count; row += kTerms<P>) {
+      for (int64_t t = 0; t < act.width; t += kLanes<S>) {
+        const Vec<S> next = kTerms<P> > 1 && row + 1 < count ? value(row + 1, t) : Vec<S>{};
+        store(act.at((first + row) / kTerms<P>, t), pack_lanes<P>(value(row, t), next));
+      }
+    }
+  });
+}
+
 // The layer with the weights that gate_up_of(expert) and down_of(expert) give.
+//
+// Chunks of many rows come one after the other, with a barrier before each of their two products. Consecutive chunks of few rows, whose
+// products read weights from memory most of the time, share two phases: gate and up of all of them, and down of all of them.
 template <class T, class GateUpOf, class DownOf>
 void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int num_threads, Team team, GateUpOf&& gate_up_of,
                               DownOf&& down_of) {
@@ -162,10 +185,10 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   const auto own = std::make_unique_for_overwrite<ExpertMlpThread<T>>();
   P* pack = own->buffers.pack;
   S* c = own->buffers.c;
-  const int64_t c_stride = own->buffers.c_stride(buffers.chunk);
   auto operands = operand_memory<P>(std::max(a.hidden, a.inner), buffers.chunk, gate_up_of(0), down_of(0));
   const auto packed = team.share(a.hidden, kPanelWidth<P>);
   const TokenSums<T> sums(buffers.sum, a.y, a.tokens, a.output);
+  const int64_t wide = a.inner * a.activation.halves();
   StageClock clock(a.updated() ? TimedKernel::kExpertMlpLora : TimedKernel::kExpertMlp, team.size);
   sums.zero(team);
   buffers.inner.restart(team);
@@ -177,22 +200,54 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     if (!update) return;
     S* save = update.s ? static_cast<S*>(update.s) + chunk.begin * update.rank : nullptr;
     const Weight<T> w = expert_weight<T>(update.a, chunk.expert, update.rank, depth);
-    low_rank_rows(w, rows, update.scale, low, save, queue, team, c, c_stride, pack);
+    low_rank_rows(w, rows, update.scale, low, save, queue, team, c, own->buffers.c_stride(chunk.size()), pack);
     clock.lap(Stage::kLowRank);
     team.barrier();
     clock.lap(Stage::kWait);
   };
-
-  for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
+  const auto fetch_gate_up = [&](const auto& gate_up, int64_t i, int64_t m) {
+    fetch_first_rows(gate_up, gate_row(a, i), m);
+    if (a.activation.gated && !a.activation.interleaved) fetch_first_rows(gate_up, up_row(a, i), m);
+  };
+  // Columns i .. end of the activations of a chunk.
+  const auto add_inner = [&](const Chunk& chunk, const auto& gate_up, const auto& x, const Panel<P>& low, const Panel<P>& act,
+                             int64_t i, int64_t end) {
+    const int64_t count = end - i, c_stride = own->buffers.c_stride(chunk.size());
+    const Weight<T> low_w = expert_weight<T>(a.gate_up_update.b, chunk.expert, wide, a.gate_up_update.rank);
+    S* up;
+    const int64_t step = preactivation(a, gate_up, chunk.expert, x, low_w, low, i, count, c, &up, c_stride, pack) * c_stride;
+    clock.lap(Stage::kGateUp);
+    if (a.preact) {
+      save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
+      clock.lap(Stage::kSave);
+    }
+    store_activation(a, c, up, step, act, i, count);
+    clock.lap(Stage::kActivation);
+  };
+  // Adds columns h .. end of the output of a chunk, whose rows are `rows`, to the sums.
+  const auto add_output = [&](const Chunk& chunk, const auto& w, const auto& act, const Panel<P>& low, const auto& rows,
+                              int64_t h, int64_t end) {
+    const int64_t m = chunk.size(), count = end - h, c_stride = own->buffers.c_stride(m);
+    // The rows to which the product will be added are fetched into the cache while it is computed.
+    for (int64_t i = 0; i < m; ++i) prefetch_lines<1, Fetch::kWriteLater>(sums.at(rows.token[i], h), count * sizeof(S));
+    group_product(w, h, count, act, c, c_stride, pack);
+    if (a.down_update) {
+      const Weight<T> low_w = expert_weight<T>(a.down_update.b, chunk.expert, a.output, a.down_update.rank);
+      group_product(low_w, h, count, low, c, c_stride, pack, true);
+    }
+    add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
+    clock.lap(Stage::kDown);
+    sums.add(c, c_stride, count, rows, m, true, h);
+    clock.lap(Stage::kCombine);
+  };
+  const auto alone = [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
-    const bool few = m <= buffers.kFewRows;
+    const bool few = m <= kFewRows;
     const Panel<P> x{few ? buffers.x_few + team.thread * buffers.x_few_size : buffers.x_c, packed_depth<P>(a.hidden), m};
     const Panel<P> act{buffers.act_c, packed_depth<P>(a.inner), m};
     const auto gate_up = gate_up_of(chunk.expert);
     const auto w = down_of(chunk.expert);
-    const int64_t first_inner = team.share(a.inner, kGroup).begin, first_output = team.share(a.output, kGroup).begin;
-    fetch_first_rows(gate_up, gate_row(a, first_inner), m);
-    if (a.activation.gated && !a.activation.interleaved) fetch_first_rows(gate_up, up_row(a, first_inner), m);
+    fetch_gate_up(gate_up, team.share(a.inner, kGroup).begin, m);
     const auto up_low = low_rank_panels(buffers.up_update, a.gate_up_update.rank, m);
     const auto down_low = low_rank_panels(buffers.down_update, a.down_update.rank, m);
     own->rows.read(a, chunk);
@@ -205,61 +260,105 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     clock.lap(Stage::kWait);
     low_rows(a.gate_up_update, chunk, a.hidden, x, up_low, buffers.up_low);
     const auto x_operand = operands.operand(gate_up, x);
-    const int64_t wide = a.inner * a.activation.halves();
-    const Weight<T> low_gate_up = expert_weight<T>(a.gate_up_update.b, chunk.expert, wide, a.gate_up_update.rank);
     buffers.inner.each(
-        team, a.inner, kGroup,
-        [&](int64_t i, int64_t end) {
-          const int64_t count = end - i;
-          S* up;
-          const int64_t step =
-              preactivation(a, gate_up, chunk.expert, x_operand, low_gate_up, up_low.c, i, count, c, &up, c_stride, pack) *
-              c_stride;
-          clock.lap(Stage::kGateUp);
-          if (a.preact) {
-            save_preactivation<T>(a, chunk, i, count, c, up, c_stride);
-            clock.lap(Stage::kSave);
-          }
-          visit_activation<S>(a.activation, [&](auto activation) {
-            const auto value = [&](int64_t row, int64_t t) {
-              const Vec<S> gate = load(c + row * step + t);
-              return activation(GateUp<S>{gate, up ? load(up + row * step + t) : gate}).value;
-            };
-            for (int64_t row = 0; row < count; row += kTerms<P>) {
-              for (int64_t t = 0; t < m; t += kLanes<S>) {
-                const Vec<S> next = kTerms<P> > 1 && row + 1 < count ? value(row + 1, t) : Vec<S>{};
-                store(act.at((i + row) / kTerms<P>, t), pack_lanes<P>(value(row, t), next));
-              }
-            }
-          });
-          clock.lap(Stage::kActivation);
-        },
+        team, a.inner, kGroup, [&](int64_t i, int64_t end) { add_inner(chunk, gate_up, x_operand, up_low.c, act, i, end); },
         quartered<P>(gate_up, m, 2));
-    fetch_first_rows(w, first_output, m);
+    fetch_first_rows(w, team.share(a.output, kGroup).begin, m);
     team.barrier();
     buffers.inner.restart(team);
     buffers.up_low.restart(team);
     clock.lap(Stage::kWait);
     low_rows(a.down_update, chunk, a.inner, act, down_low, buffers.down_low);
     const auto act_operand = operands.operand(w, act);
-    const Weight<T> low_w = expert_weight<T>(a.down_update.b, chunk.expert, a.output, a.down_update.rank);
     buffers.output.each(
         team, a.output, kGroup,
-        [&](int64_t h, int64_t end) {
-          const int64_t count = end - h;
-          // The rows to which the product will be added are fetched into the cache while it is computed.
-          for (int64_t i = 0; i < m; ++i) {
-            prefetch_lines<1, Fetch::kWriteLater>(sums.at(own->rows.token[i], h), count * sizeof(S));
-          }
-          group_product(w, h, count, act_operand, c, c_stride, pack);
-          if (a.down_update) group_product(low_w, h, count, down_low.c, c, c_stride, pack, true);
-          add_bias(a.down_bias, chunk.expert, h, count, c, c_stride, m);
-          clock.lap(Stage::kDown);
-          sums.add(c, c_stride, count, own->rows, m, true, h);
-          clock.lap(Stage::kCombine);
-        },
+        [&](int64_t h, int64_t end) { add_output(chunk, w, act_operand, down_low.c, own->rows, h, end); },
         quartered<P>(w, m, 1));
+  };
+
+  Chunk few[kMostTogether];
+  int64_t num_few = 0, num_memories = 0;
+  using DownOperand = std::decay_t<decltype(operands.operand(down_of(0), Panel<P>{}))>;
+  decltype(operands) few_memory[kMostTogether];
+  const auto all_few = [&] {
+    if (num_few == 0) return;
+    const auto panel_of = [&](int64_t at) {
+      return Panel<P>{buffers.act_few + at * buffers.act_few_size, packed_depth<P>(a.inner), few[at].size()};
+    };
+    const auto no_update = [&](int64_t at) { return Panel<P>{nullptr, 0, few[at].size()}; };
+    for (int64_t at = 0; at < num_few; ++at) own->few[at].read(a, few[at]);
+    // Chunks follow each other in whole units.
+    const int64_t units = (a.inner + kGroup - 1) / kGroup, columns = units * kGroup;
+    const auto mine = team.share(num_few * columns, kGroup);
+    int64_t at_x = -1;
+    Panel<P> x{buffers.x_few + team.thread * buffers.x_few_size, packed_depth<P>(a.hidden), 0};
+    std::decay_t<decltype(operands.operand(gate_up_of(0), x))> x_operand;
+    // Brings the rows of a chunk into x_operand, unless those of the last one are the same tokens.
+    const auto take_rows = [&](int64_t at) {
+      if (at == at_x) return;
+      const int64_t m = few[at].size();
+      auto& rows = own->few[at];
+      const bool same = at_x >= 0 && few[at_x].size() == m && std::equal(rows.token, rows.token + m, own->few[at_x].token);
+      at_x = at;
+      if (same) return;
+      x.width = m;
+      pack_as_columns(x, rows.rows_of(a.x, few[at]), 0, a.hidden);
+      x_operand = operands.operand(gate_up_of(few[at].expert), x);
+      clock.lap(Stage::kPack);
+    };
+    if (mine.begin < mine.end) {
+      const int64_t at = mine.begin / columns;
+      fetch_gate_up(gate_up_of(few[at].expert), mine.begin % columns, few[at].size());
+      take_rows(at);
+    }
+    team.barrier();
+    buffers.output.restart(team);
+    clock.lap(Stage::kWait);
+    buffers.inner.each(team, num_few * columns, kGroup, [&](int64_t first, int64_t last) {
+      const int64_t at = first / columns, i = first % columns, end = std::min(i + last - first, a.inner);
+      if (i >= end) return;
+      take_rows(at);
+      if (end == a.inner && at + 1 < num_few) fetch_gate_up(gate_up_of(few[at + 1].expert), 0, few[at + 1].size());
+      add_inner(few[at], gate_up_of(few[at].expert), x_operand, no_update(at), panel_of(at), i, end);
+    });
+    // A thread computes several groups of an expert's columns at a time, since long runs are read faster.
+    constexpr int64_t most = 4 * kGroup;
+    const int64_t unit = std::clamp<int64_t>(a.output / (4 * team.size) / kGroup * kGroup, kGroup, most);
+    const int64_t first_output = team.share(a.output, unit).begin;
+    for (int64_t at = 0; at < num_few; ++at) fetch_first_rows(down_of(few[at].expert), first_output, few[at].size());
+    team.barrier();
+    buffers.inner.restart(team);
+    clock.lap(Stage::kWait);
+    DownOperand act[kMostTogether];
+    for (int64_t at = 0; at < num_few; ++at) {
+      if (at == num_memories) few_memory[num_memories++] = operand_memory<P>(a.inner, kFewRows, gate_up_of(0), down_of(0));
+      act[at] = few_memory[at].operand(down_of(few[at].expert), panel_of(at));
+    }
+    clock.lap(Stage::kPack);
+    // A token's experts are added in their order.
+    buffers.output.each(
+        team, a.output, unit,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t at = 0; at < num_few; ++at) {
+            const auto w = down_of(few[at].expert);
+            for (int64_t h = begin; h < end; h += kGroup) {
+              add_output(few[at], w, act[at], no_update(at), own->few[at], h, std::min<int64_t>(end, h + kGroup));
+            }
+          }
+        },
+        unit == most ? 1 : 0);
+    num_few = 0;
+  };
+
+  for_chunks(a.groups, buffers.chunk, [&](const Chunk& chunk) {
+    if (chunk.size() > kFewRows || buffers.together == 0) {
+      all_few();
+      return alone(chunk);
+    }
+    few[num_few++] = chunk;
+    if (num_few == buffers.together) all_few();
   });
+  all_few();
   team.barrier();
   clock.lap(Stage::kWait);
   sums.round(team);

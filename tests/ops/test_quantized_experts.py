@@ -363,6 +363,35 @@ def test_threads_share_few_tokens(dtype):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("weight_format", ["float", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_few_rows_beside_many(dtype, weight_format):
+    """Many experts of few rows around one of many: a token has the bits that it has alone, whatever the threads."""
+    t, e, n, c = 45, 40, 72, 96
+    ids = torch.stack([torch.full((t,), 20), torch.arange(t) * 7 % 20], 1)
+    ids[40:, 0] = torch.arange(30, 35)
+    if weight_format == "float":
+        gate_up, down = torch.randn(e, 2 * n, c).to(dtype) / 8, torch.randn(e, c, n).to(dtype) / 8
+    else:
+        gate_up, down = (stack(weight_format, "cpu", e=e, n=rows, c=columns) for rows, columns in ((192, 96), (96, 96)))
+        n = 96
+    x, w = torch.randn(t, c).to(dtype), torch.rand(t, 2)
+    bias = torch.randn(e, 2 * n).to(dtype)
+
+    def layer(tokens):
+        d = gossamer.dispatch(ids[tokens], e)
+        with gossamer.backend("native"):
+            return gossamer.expert_mlp(x[tokens], gate_up, down, d, w[tokens], gate_up_bias=bias)
+
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found += [layer(slice(None)), torch.cat([layer(slice(i, i + 1)) for i in range(t)])]
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+
+
 def test_errors_of_quantising_and_products():
     weight = torch.randn(E, N, C)
     for options, message in (
