@@ -26,6 +26,7 @@
 #include "bindings/quantized_experts.cpp"
 #include "bindings/quantized_weight.cpp"
 #include "bindings/recorder.cpp"
+#include "bindings/routed_experts.cpp"
 #include "bindings/self_referential.cpp"
 #include "bindings/sparse_update.cpp"
 #include "bindings/topk_routing.cpp"
@@ -64,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiplies_bfloat16", &gossamer::multiplies_bfloat16, "Whether this processor has products of bfloat16.");
   gossamer::bindings::register_memory(m);
   gossamer::bindings::register_recorder(m);
+  gossamer::bindings::register_routed_experts(m);
   gossamer::bindings::register_dispatch(m);
   gossamer::bindings::register_gather_reduce(m);
   gossamer::bindings::register_sparse_update(m);

@@ -27,6 +27,7 @@ void register_expert_topology(pybind11::module_& m);
 void register_block_sparse(pybind11::module_& m);
 void register_activate(pybind11::module_& m);
 void register_topk_routing(pybind11::module_& m);
+void register_routed_experts(pybind11::module_& m);
 void register_tree_routing(pybind11::module_& m);
 void register_product_key_topk(pybind11::module_& m);
 void register_causal_conv1d(pybind11::module_& m);

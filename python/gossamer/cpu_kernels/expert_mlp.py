@@ -30,7 +30,7 @@ _ABSENT = (0, 0, 0, 0)
 _NO_UPDATE = (_ABSENT, _ABSENT, 0, 1.0, 0)
 
 
-def _product(weight: Weight, s: torch.Tensor | None) -> tuple:
+def product(weight: Weight, s: torch.Tensor | None) -> tuple:
     """``(weight, bias, update)`` of one product, with ``s`` the update's ``x·aᵀ``, without quantised weights."""
     stored = _ABSENT if weight.quantized else weights3(weight.data)
     if weight.a is None:
@@ -48,8 +48,8 @@ def _layer(
         sizes=(*x.shape, *down.shape[1:], args.weights.shape[1]),
         activation=activation_form(args.activation, args.interleaved),
         x=matrix(x),
-        gate_up=_product(gate_up, s1),
-        down=_product(down, s2),
+        gate_up=product(gate_up, s1),
+        down=product(down, s2),
         weights=matrix(args.weights),
         preact=pointer(preact),
     )

@@ -9,6 +9,7 @@ from gossamer._activation import Activation
 from gossamer._checks import check_positive, check_shape, check_strided, check_tensor, check_traceable
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.shared import SharedExpert
+from gossamer.nn.moe.inference import infer
 from gossamer.nn.moe.routers import router_class
 from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
@@ -180,6 +181,31 @@ class MoE(nn.Module):
         check_traceable(type(self).__name__)
         check_hidden(x, self.hidden_size)
         tokens = x.reshape(-1, self.hidden_size)
+        y = shared = None
+        if routing is None and token_ids is None and not return_routing:
+            y = infer(self.router, self.experts, tokens, self.top_k)
+        if y is None:
+            routing = self._routing(x, tokens, routing, token_ids)
+            if self.shared_expert is not None and getattr(self.experts, "exchange", None) is not None:
+                # The shared expert is computed while tokens travel.
+                y, shared = self.experts(tokens, routing, beside=lambda: self._shared(tokens))
+            else:
+                y = self.experts(tokens, routing)
+            if routing.residual is not None:
+                check_shape("routing.residual", routing.residual, (tokens.shape[0],), "(T,)")
+                y = y + (routing.residual.unsqueeze(1) * tokens).to(y.dtype)
+        if self.shared_expert is not None and shared is None:
+            shared = self._shared(tokens)
+        if x.dim() != 2:
+            y, shared = y.view(x.shape), None if shared is None else shared.view(x.shape)
+        if shared is not None:
+            y = y + shared
+        return (y, routing) if return_routing else y
+
+    def _routing(
+        self, x: torch.Tensor, tokens: torch.Tensor, routing: Routing | None, token_ids: torch.Tensor | None
+    ) -> Routing:
+        """The given routing, or the router's, checked and dispatched."""
         if routing is None:
             if self.router is None:
                 raise ValueError("routing must be given to a layer without a router, got None")
@@ -189,23 +215,7 @@ class MoE(nn.Module):
             raise TypeError(f"routing must be a gossamer.nn.Routing, got {type(routing).__name__}")
         if self.top_k is not None and routing.top_k > self.top_k:
             raise ValueError(f"routing must have at most K = {self.top_k} experts per token, got {routing.top_k}")
-        routing = routing.dispatched()
-        shared = None
-        if self.shared_expert is not None and getattr(self.experts, "exchange", None) is not None:
-            # The shared expert is computed while tokens travel.
-            y, shared = self.experts(tokens, routing, beside=lambda: self._shared(tokens))
-        else:
-            y = self.experts(tokens, routing)
-            if self.shared_expert is not None:
-                shared = self._shared(tokens)
-        if routing.residual is not None:
-            check_shape("routing.residual", routing.residual, (tokens.shape[0],), "(T,)")
-            y = y + (routing.residual.unsqueeze(1) * tokens).to(y.dtype)
-        if x.dim() != 2:
-            y, shared = y.view(x.shape), None if shared is None else shared.view(x.shape)
-        if shared is not None:
-            y = y + shared
-        return (y, routing) if return_routing else y
+        return routing.dispatched()
 
     def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
         """The shared expert's output, gated if there is a gate."""

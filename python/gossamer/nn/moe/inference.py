@@ -1,0 +1,136 @@
+"""Routers and experts on the CPU without gradients: choice, dispatch and experts of a call in one native call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from gossamer.nn.moe.experts.grouped import Experts
+from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack, expert_weight
+from gossamer.nn.moe.routers.linear import LinearRouter, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
+from gossamer.ops.routed_experts import ExpertChoice, Prepared, may_run, prepare, run
+
+# The routers that one kernel serves; of exactly these classes, since others may choose otherwise.
+_CHOICES: dict[type, Callable[[LinearRouter], tuple]] = {
+    SoftmaxRouter: lambda router: (router.top_k, False, *_selection(router), None),
+    TopKSoftmaxRouter: lambda router: (router.top_k, False, True, 1, 1, 1.0, None),
+    SigmoidRouter: lambda router: (router.top_k, True, *_selection(router), router._buffers["e_score_correction_bias"]),
+}
+
+
+def _selection(router: SoftmaxRouter | SigmoidRouter) -> tuple:
+    chosen = router.selection
+    return chosen["renormalize"], chosen["n_group"], chosen["topk_group"], chosen["scale"]
+
+
+class _Kept(NamedTuple):
+    """What was prepared for an expert layer, and of what."""
+
+    settings: tuple
+    tensors: tuple[tuple, ...]
+    prepared: Prepared | None
+
+
+# Beside the modules instead of in them, since it can neither be copied nor pickled.
+_KEPT: weakref.WeakKeyDictionary[Experts, _Kept] = weakref.WeakKeyDictionary()
+
+
+def _replaced(module: nn.Module, *methods: str) -> bool:
+    """Whether calling a module would do more than its class's ``forward``, or an instance has its own methods."""
+    if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None:
+        return True
+    own = module.__dict__
+    return "forward" in own or any(name in own for name in methods)
+
+
+def _tensors(experts: Experts) -> list[torch.Tensor | None]:
+    """The tensors that hold an expert layer's weights and biases."""
+    found = []
+    for name in experts.weight_stacks:
+        held = experts._parameters.get(name)
+        if held is None and isinstance(stack := experts._modules.get(name), QuantizedExpertStack):
+            buffers = stack._buffers
+            found += (buffers["data"] if buffers["panels"] is None else buffers["panels"], buffers["scale"])
+        else:
+            found.append(held)
+        found.append(experts._parameters[f"{name}_bias"])
+    return found
+
+
+def _same(kept: tuple[tuple, ...], tensors: list[torch.Tensor | None]) -> bool:
+    """Whether these are the tensors that :func:`_marks` saw, with the same memory in the same layout."""
+    if len(kept) != len(tensors):
+        return False
+    for (reference, *mark), tensor in zip(kept, tensors, strict=True):
+        if reference() is not tensor or (tensor is not None and mark != _layout(tensor)):
+            return False
+    return True
+
+
+def _layout(tensor: torch.Tensor) -> list:
+    return [tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()]
+
+
+def _marks(tensors: list[torch.Tensor | None]) -> tuple[tuple, ...]:
+    """Weak references to tensors, so that weights can be replaced, and where their values lie."""
+    return tuple((_nothing,) if tensor is None else (weakref.ref(tensor), *_layout(tensor)) for tensor in tensors)
+
+
+def _nothing() -> None:
+    """Stands in for the reference to a tensor that a layer does not have."""
+
+
+def _settings(router: LinearRouter, experts: Experts) -> tuple:
+    """What else decides the results; tensors last."""
+    held = [experts._modules.get(name) for name in experts.weight_stacks]
+    formats = [(stack.format, stack.activations) for stack in held if stack is not None]
+    return (
+        experts.form,
+        experts.capacity_factor,
+        experts.exchange,
+        experts.activation,
+        experts.interleaved,
+        experts.transposed,
+        *formats,
+        *_CHOICES[type(router)](router)[:-1],
+    )
+
+
+def _prepare(router: LinearRouter, experts: Experts) -> Prepared | None:
+    if experts.form != "grouped" or experts.capacity_factor is not None or experts.exchange is not None:
+        return None
+    names = experts.weight_stacks
+    weights = tuple(expert_weight(getattr(experts, name), experts.transposed) for name in names)
+    biases = tuple(experts._parameters[f"{name}_bias"] for name in names)
+    choice = ExpertChoice(*_CHOICES[type(router)](router))
+    return prepare(choice, weights, biases, experts.activation, experts.interleaved)
+
+
+def infer(router: nn.Module | None, experts: nn.Module, x: torch.Tensor, most: int | None) -> torch.Tensor | None:
+    """``experts(x, router(x))`` of ``x (T, H)`` with the same bits; None if only the modules themselves compute it.
+
+    They do in training, for other routers and expert layers than plain ones or more experts per token than ``most``, on
+    other devices, under compilers, autocast and other modes, and if a module has hooks or methods of its own. They also
+    raise all errors.
+    """
+    if type(router) not in _CHOICES or type(experts) is not Experts or not may_run(x):
+        return None
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return None
+    if _replaced(router, "route") or _replaced(experts, "compute"):
+        return None
+    settings, tensors = _settings(router, experts), [*_tensors(experts), _CHOICES[type(router)](router)[-1]]
+    kept = _KEPT.get(experts)
+    if kept is None or kept.settings != settings or not _same(kept.tensors, tensors):
+        prepared = _prepare(router, experts)
+        # Preparing may have moved codes to where products read them faster.
+        tensors = [*_tensors(experts), tensors[-1]]
+        kept = _KEPT[experts] = _Kept(settings, _marks(tensors), prepared)
+    if kept.prepared is None or (most is not None and router.top_k > most):
+        return None
+    return run(kept.prepared, router.logits(x), x)
