@@ -40,7 +40,7 @@ def by_module(rng):
     around = rng.choice((None, None, *sorted(AROUND, key=lambda kind: kind.__name__)))
     h, e, t, dtype = size(rng, 1, 16), size(rng, 1, 6), size(rng, 0), rng.choice(WIDE)
     rounded = around is nn.TokenRounding and kind in (nn.DSelectKRouter, nn.TreeRouter)
-    # Tokens that give all their weight to one expert have equal weights up to rounding, and any of them may be left out.
+    # Tokens that give all their weight to one expert have equal weights up to rounding; any of them may be left out.
     e = max(e, 2) if rounded else e
     args = {"hidden_size": h, "num_experts": e, "dtype": dtype, **ROUTERS[kind](rng, e)}
     args |= {"gamma": 50.0} if rounded else {}
