@@ -150,6 +150,12 @@ def tensors_of(result: object) -> Iterator[torch.Tensor]:
         yield from tensors_of(list(result.values()))
 
 
+def norms_of(tensors: Iterable[torch.Tensor]) -> Iterator[float]:
+    for tensor in tensors:
+        if tensor.dtype in FLOATS and on_cpu(tensor):
+            yield float(tensor.detach().double().norm())
+
+
 def rates_of(args: object) -> Iterator[float]:
     """The learning rates among a call's arguments."""
     for name, value in args.items() if isinstance(args, dict) else ():
@@ -169,8 +175,7 @@ def different(ours: object, theirs: object, args: object = ()) -> str | None:
     ours, theirs = list(tensors_of(ours)), list(tensors_of(theirs))
     if len(ours) != len(theirs):
         return f"{len(ours)} tensors, not {len(theirs)}"
-    norms = [float(t.detach().double().norm()) for t in theirs if t.dtype in FLOATS and t.device.type == "cpu"]
-    largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
+    largest = max((norm for norm in norms_of(theirs) if math.isfinite(norm)), default=0.0)
     # With such a rate, a rounding error of one step is larger than the result of the next; and float32 holds no sum of
     # squares of such results.
     if largest > 1e18 or any(rate > 1e9 for rate in rates_of(args)):
@@ -179,7 +184,12 @@ def different(ours: object, theirs: object, args: object = ()) -> str | None:
     coarsest = max(map(TOLERANCE.get, dtypes), default=0.0)
     # Steps between the numbers next to zero, of which an intermediate result may be off by some.
     grain = max((torch.finfo(dtype).tiny * torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-    found = (differs(one, other, largest, coarsest, 64 * grain) for one, other in zip(ours, theirs, strict=True))
+    floor = 64 * grain
+    if not dtypes & {torch.float16, torch.bfloat16}:
+        # Terms as large as the arguments may cancel, and leave their rounding errors.
+        eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+        floor += eps * max((norm for norm in norms_of(tensors_of(args)) if math.isfinite(norm)), default=0.0)
+    found = (differs(one, other, largest, coarsest, floor) for one, other in zip(ours, theirs, strict=True))
     return next((f"tensor {place}: {wrong}" for place, wrong in enumerate(found) if wrong), None)
 
 
@@ -191,7 +201,7 @@ def differs(ours: torch.Tensor, theirs: torch.Tensor, largest: float, coarsest: 
         theirs: what plain torch says.
         largest: the norm of the largest result, whose rounding may reach the others.
         coarsest: the least relative error that counts.
-        grain: the least absolute error of an element that counts.
+        grain: the least absolute error of an element that counts, in the mean.
     """
     if (ours.shape, ours.dtype, ours.device) != (theirs.shape, theirs.dtype, theirs.device):
         return (
