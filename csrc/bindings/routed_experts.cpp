@@ -12,26 +12,38 @@ namespace gossamer::bindings {
 void register_routed_experts(py::module_& m) {
   using py::arg;
   using Quantized = std::optional<PyQuantized>;
-  py::class_<RoutedExperts>(m, "RoutedExperts", "A top-k router's choice, the dispatch and the experts of a layer.")
-      .def(py::init([](const PyRouter& router, int64_t n_group, int64_t topk_group, uintptr_t bias, const ExpertMlpArgs& layer,
-                       const Quantized& gate_up, const Quantized& down) {
-             RoutedExperts made{
-                 topk_args(router, n_group, topk_group, bias, 0, 0), {{layer, nullptr}, {}, {}}, gate_up && down};
+  py::class_<PreparedExperts>(m, "PreparedExperts", "An expert layer without what changes from call to call.")
+      .def(py::init([](const ExpertMlpArgs& layer, int64_t num_experts, const Quantized& gate_up, const Quantized& down) {
+             PreparedExperts made{{{layer, nullptr}, {}, {}}, num_experts, gate_up && down};
              if (made.quantized) {
-               made.experts.gate_up_weights = quantized_weights(*gate_up);
-               made.experts.down_weights = quantized_weights(*down);
+               made.args.gate_up_weights = quantized_weights(*gate_up);
+               made.args.down_weights = quantized_weights(*down);
              }
              return made;
            }),
-           arg("router"), arg("n_group"), arg("topk_group"), arg("bias"), arg("layer"), arg("gate_up"), arg("down"))
+           arg("layer"), arg("num_experts"), arg("gate_up"), arg("down"))
       .def(
-          "__call__",
-          [](const RoutedExperts& layer, uintptr_t logits, int64_t tokens, const PyMatrix& x, uintptr_t y, int num_threads) {
-            const RoutedCall call{pointer<const float>(logits), tokens, matrix(x), pointer<void>(y)};
+          "routed",
+          [](const PreparedExperts& layer, const PyRouter& router, int64_t n_group, int64_t topk_group, uintptr_t bias,
+             const PyMatrix& x, uintptr_t y, int num_threads) {
+            const TopkRoutingArgs args = topk_args(router, n_group, topk_group, bias, 0, 0);
+            const ExpertCall call{args.tokens, args.top_k, matrix(x), pointer<void>(y)};
             py::gil_scoped_release release;
-            return routed_experts(layer, call, num_threads);
+            return routed_experts(layer, call, args, num_threads);
           },
-          "Writes y and returns true; or returns false if a logit is NaN or +inf, or the bias NaN.");
+          "Writes y and returns true; or returns false if a logit is NaN or +inf, or the bias NaN.")
+      .def(
+          "chosen",
+          [](const PreparedExperts& layer, const PyMatrix& ids, const std::pair<int64_t, int64_t>& shape,
+             const PyMatrix& weights, const PyMatrix& x, uintptr_t y, int num_threads) {
+            const auto& [address, token_stride, slot_stride, dtype] = ids;
+            const ExpertCall call{shape.first, shape.second, matrix(x), pointer<void>(y)};
+            const ChosenExperts chosen{pointer<const void>(address), static_cast<DType>(dtype) == DType::kInt64, token_stride,
+                                       slot_stride, matrix(weights)};
+            py::gil_scoped_release release;
+            return chosen_experts(layer, call, chosen, num_threads);
+          },
+          "Writes y and returns true; or returns false if an id is negative.");
 }
 
 }  // namespace gossamer::bindings

@@ -1,4 +1,4 @@
-// A top-k router's choice, the dispatch and the experts' layer of one call without gradients.
+// The dispatch and the experts' layer of one call without gradients, and the router's choice before them.
 #pragma once
 
 #include <cstdint>
@@ -9,23 +9,32 @@
 
 namespace gossamer {
 
-// What stays the same from call to call. The router has no logits, ids and weights yet, and the experts no groups, tokens, x, weights
-// and y.
-struct RoutedExperts {
-  TopkRoutingArgs router;
-  QuantizedMlpArgs experts;
+// An expert layer without what changes from call to call: groups, tokens, top_k, x, weights and y.
+struct PreparedExperts {
+  QuantizedMlpArgs args;
+  int64_t num_experts;
   bool quantized;
 };
 
-struct RoutedCall {
-  const float* logits;  // (T, E) contiguous
-  int64_t tokens;
+struct ExpertCall {
+  int64_t tokens, top_k;
   FloatMatrix x;  // (T, H), column stride 1
   void* y;        // (T, O) contiguous
 };
 
-// Runs topk_routing, dispatch and expert_mlp, or quantized_expert_mlp, one after the other. Returns false without a result if a logit
-// is NaN or +inf, or the bias of the scores NaN.
-bool routed_experts(const RoutedExperts& layer, const RoutedCall& call, int num_threads);
+// (T, K) expert ids, int64 when wide, else int32, and their weights.
+struct ChosenExperts {
+  const void* ids;
+  bool wide;
+  int64_t token_stride, slot_stride;
+  FloatMatrix weights;
+};
+
+// dispatch, then expert_mlp or quantized_expert_mlp. Returns false without a result if an id is negative.
+bool chosen_experts(const PreparedExperts& layer, const ExpertCall& call, const ChosenExperts& chosen, int num_threads);
+
+// topk_routing, then chosen_experts. `router` has no ids and weights yet. Returns false without a result if a logit is NaN or +inf, or
+// the bias of the scores NaN.
+bool routed_experts(const PreparedExperts& layer, const ExpertCall& call, const TopkRoutingArgs& router, int num_threads);
 
 }  // namespace gossamer

@@ -307,3 +307,49 @@ def test_export(device):
     x, ids, weights = (t.detach() for t in layer_inputs(device, torch.float32))
     exported = torch.export.export(module, (x, ids, weights))
     assert torch.equal(exported.module()(x, ids, weights), module(x, ids, weights))
+
+
+@pytest.mark.skipif(gossamer._backend.native_unavailable() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("weight_format", [None, "int8"])
+@pytest.mark.parametrize("cls", [GptOssExperts, MixtralExperts])
+def test_inference_in_one_native_call(monkeypatch, cls, weight_format):
+    """Without gradients the bits are the same, whatever changes between calls, and errors too."""
+    from gossamer.integrations import transformers as integration
+
+    served, original = [], integration.run_chosen
+
+    def run_chosen(prepared, ids, weights, x):
+        y = original(prepared, ids, weights, x)
+        served.append(y is not None)
+        return y
+
+    monkeypatch.setattr(integration, "run_chosen", run_chosen)
+    module = make_experts(cls, "cpu", torch.bfloat16, hidden_size=32, intermediate_size=32).requires_grad_(False)
+    if weight_format is not None:
+        gossamer.quantize_experts(module, weight_format)
+
+    def check(tokens, **routing):
+        _, ids, weights = layer_inputs("cpu", torch.bfloat16, num_tokens=tokens, **routing)
+        x = torch.randn(tokens, 32).bfloat16()
+        ids, weights = ids.int(), weights.detach().T.contiguous().T
+        with torch.no_grad():
+            found = experts_forward(module, x, ids, weights)
+        assert served == [True]
+        served.clear()
+        assert torch.equal(found, experts_forward(module, x, ids, weights)) and not served
+        return found
+
+    assert torch.isfinite(check(1)).all()
+    check(9, dropped=0.3)
+    if weight_format is None:
+        module.down_proj.mul_(2)
+        check(1)
+        module.down_proj = nn.Parameter(module.down_proj.flip(0), requires_grad=False)
+    else:
+        module.down_proj.scale.mul_(2)
+    check(2)
+    module.act_fn = nn.ReLU()
+    check(1)
+    with torch.no_grad(), pytest.raises(ValueError, match="must not be negative"):
+        experts_forward(module, torch.randn(1, 32).bfloat16(), torch.tensor([[0, -1]]), torch.rand(1, 2))
+    assert served == [False]

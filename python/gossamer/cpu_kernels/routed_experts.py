@@ -1,4 +1,4 @@
-"""Launcher of a router's choice, the dispatch and the experts of one call."""
+"""Launchers of the dispatch and the experts of one call, with a router's choice before them or without."""
 
 from __future__ import annotations
 
@@ -7,43 +7,51 @@ from typing import TYPE_CHECKING
 import torch
 
 from gossamer import _C
+from gossamer._activation import Activation
 from gossamer.cpu_kernels._native import activation_form, matrix, pointer, quantized_stack, unit_rows
 from gossamer.cpu_kernels.expert_mlp import product
 
 if TYPE_CHECKING:
-    from gossamer.ops.routed_experts import ExpertChoice, ExpertStack
+    from gossamer.ops._weights import Weight
+    from gossamer.ops.routed_experts import Prepared
 
 
-def prepare(choice: ExpertChoice, experts: ExpertStack) -> _C.RoutedExperts:
+def prepare(gate_up: Weight, down: Weight, activation: Activation, interleaved: bool) -> _C.PreparedExperts:
     """What stays the same from call to call; the tensors given must outlive its calls."""
-    gate_up, down = experts.gate_up, experts.down
     num_experts, wide, hidden = gate_up.shape
-    sizes = (0, hidden, down.shape[1], wide // experts.activation.halves, choice.top_k)
     layer = _C.ExpertMlp(
         groups=(0, 0, 0, num_experts),
-        sizes=sizes,
-        activation=activation_form(experts.activation, experts.interleaved),
+        sizes=(0, hidden, down.shape[1], wide // activation.halves, 0),
+        activation=activation_form(activation, interleaved),
         x=matrix(None),
         gate_up=product(gate_up, None),
         down=product(down, None),
         weights=matrix(None),
         preact=0,
     )
-    router = (0, 0, 0, num_experts, choice.top_k, choice.sigmoid, choice.renormalize, choice.scale)
-    return _C.RoutedExperts(
-        router=router,
-        n_group=choice.n_group,
-        topk_group=choice.topk_group,
-        bias=pointer(choice.bias),
-        layer=layer,
-        gate_up=quantized_stack(gate_up) if gate_up.quantized else None,
-        down=quantized_stack(down) if down.quantized else None,
-    )
+    codes = [quantized_stack(weight) if weight.quantized else None for weight in (gate_up, down)]
+    return _C.PreparedExperts(layer=layer, num_experts=num_experts, gate_up=codes[0], down=codes[1])
 
 
-def run(prepared: _C.RoutedExperts, logits: torch.Tensor, x: torch.Tensor, output_size: int) -> torch.Tensor | None:
+def run(prepared: Prepared, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """``y (T, O)``, or None if a logit is NaN or +inf, or the bias NaN."""
+    x, logits = unit_rows(x), unit_rows(logits)
+    y = torch.empty(x.shape[0], prepared.output_size, dtype=x.dtype)
+    top_k, sigmoid, renormalize, n_group, topk_group, scale, bias = prepared.choice
+    router = logits.data_ptr(), logits.stride(0), *logits.shape, top_k, sigmoid, renormalize, scale
+    done = prepared.layer.routed(
+        router, n_group, topk_group, pointer(bias), matrix(x), y.data_ptr(), torch.get_num_threads()
+    )
+    return y if done else None
+
+
+def run_chosen(
+    prepared: Prepared, expert_ids: torch.Tensor, weights: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor | None:
+    """``y (T, O)``, or None if an id is negative."""
     x = unit_rows(x)
-    y = torch.empty(x.shape[0], output_size, dtype=x.dtype)
-    done = prepared(logits.data_ptr(), x.shape[0], matrix(x), y.data_ptr(), torch.get_num_threads())
+    y = torch.empty(x.shape[0], prepared.output_size, dtype=x.dtype)
+    done = prepared.layer.chosen(
+        matrix(expert_ids), tuple(expert_ids.shape), matrix(weights), matrix(x), y.data_ptr(), torch.get_num_threads()
+    )
     return y if done else None

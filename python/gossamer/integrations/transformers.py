@@ -34,6 +34,7 @@ except ImportError as error:
         "pip install 'gossamer[transformers]'"
     ) from error
 
+from gossamer._activation import Activation
 from gossamer._checks import INDEX_DTYPES
 from gossamer.integrations import surgery
 from gossamer.integrations._expert_updates import ExpertUpdate
@@ -43,10 +44,12 @@ from gossamer.integrations.hf_quantizer import keep_quantized_in_files as keep_q
 from gossamer.integrations.hf_quantizer import quantized_file_names as quantized_file_names
 from gossamer.nn import QuantizedExpertStack
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
+from gossamer.nn.moe.inference import held_formats, held_tensors, holds, kept_for
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.expert_mlp import expert_mlp
 from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import grouped_matmul
+from gossamer.ops.routed_experts import Prepared, may_run, prepare, run_chosen
 
 NAME = "gossamer"
 
@@ -70,6 +73,31 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return weight.dtype
+
+
+def _inferred(
+    experts: nn.Module,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activation: Activation,
+    interleaved: bool,
+) -> torch.Tensor | None:
+    """:func:`experts_forward` in one native call; None where its operators compute it."""
+    if not may_run(x):
+        return None
+    names = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
+    if not holds(experts, names, experts.has_bias):
+        return None
+
+    def make() -> Prepared | None:
+        stored = tuple(expert_weight(getattr(experts, name), experts.is_transposed) for name in names)
+        biases = tuple(experts._parameters.get(f"{name}_bias") if experts.has_bias else None for name in names)
+        return prepare(stored, biases, activation, interleaved)
+
+    settings = activation, interleaved, experts.is_transposed, experts.has_bias, held_formats(experts, names)
+    prepared, _held = kept_for(experts, settings, lambda: held_tensors(experts, names), make)
+    return None if prepared is None else run_chosen(prepared, ids, weights, x)
 
 
 def experts_forward(
@@ -100,6 +128,12 @@ def experts_forward(
         TypeError: the weights are in a dtype without kernels.
         ValueError: shapes do not fit, or (on the CPU) an id is negative.
     """
+    updates = updates or {}
+    activation, interleaved, _ = fused_activation(self)
+    if activation is not None and all(update is None for update in updates.values()):
+        y = _inferred(self, hidden_states, top_k_index, top_k_weights, activation, interleaved)
+        if y is not None:
+            return y
     has_gate, has_bias = getattr(self, "has_gate", True), self.has_bias
     up = self.gate_up_proj if has_gate else self.up_proj
     up_bias = (self.gate_up_proj_bias if has_gate else self.up_proj_bias) if has_bias else None
@@ -113,10 +147,8 @@ def experts_forward(
     )
     weights = top_k_weights if top_k_weights.dtype in (dtype, torch.float32) else top_k_weights.float()
     routing = dispatch_ids(top_k_index, up.shape[0])
-    updates = updates or {}
     up_update = updates.get("gate_up_proj" if has_gate else "up_proj")
     down_update = updates.get("down_proj")
-    activation, interleaved, _ = fused_activation(self)
     if activation is not None and all(u is None or u.fusible for u in (up_update, down_update)):
         y = expert_mlp(
             x,

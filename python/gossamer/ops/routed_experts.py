@@ -1,4 +1,4 @@
-"""A top-k router's choice, the dispatch and the experts of a call without gradients, in one native call.
+"""The dispatch and the experts of a call without gradients, and a top-k router's choice too, in one native call.
 
 The kernels are those of ``topk_routing``, ``dispatch`` and ``expert_mlp``, which give the same bits one by one. For a
 few tokens the host needs as long for the calls as the kernels run, so what does not change is prepared once.
@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from gossamer import _backend
 from gossamer._activation import Activation
-from gossamer._checks import FLOAT_DTYPES
+from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES
 from gossamer.ops._registration import is_plain
 from gossamer.ops._weights import Weight
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
@@ -37,19 +37,11 @@ class ExpertChoice(NamedTuple):
     bias: torch.Tensor | None
 
 
-class ExpertStack(NamedTuple):
-    """The weights of an expert layer with their biases, without updates, and its activation."""
-
-    gate_up: Weight
-    down: Weight
-    activation: Activation
-    interleaved: bool
-
-
 class Prepared(NamedTuple):
     """What stays the same from call to call; it holds addresses, so the tensors must outlive its calls."""
 
-    layer: _C.RoutedExperts
+    layer: _C.PreparedExperts
+    choice: ExpertChoice | None
     num_experts: int
     hidden_size: int
     output_size: int
@@ -69,66 +61,69 @@ def may_run(x: torch.Tensor) -> bool:
     return _backend.resolve("expert_mlp", x) == "native"
 
 
-def _fits(choice: ExpertChoice, experts: ExpertStack) -> bool:
-    """Whether the native kernels serve these, and their shapes fit each other."""
-    up, down, activation = experts.gate_up, experts.down, experts.activation
-    parts = (up.data, up.scale, up.bias, down.data, down.scale, down.bias, choice.bias)
-    if not is_plain_on_cpu(*parts) or len(up.shape) != 3 or len(down.shape) != 3:
+def _is_valid(choice: ExpertChoice, num_experts: int) -> bool:
+    """Whether the native kernel of the choice serves these sizes."""
+    sizes, bias = (choice.top_k, choice.n_group, choice.topk_group), choice.bias
+    if not all(type(size) is int and 1 <= size <= num_experts for size in sizes) or num_experts % choice.n_group:
         return False
-    (e, wide, h), (_, o, inner) = up.shape, down.shape
-    shapes = [(down.shape, (e, o, inner)), (wide, activation.halves * inner)]
-    shapes += [(w.bias.shape, (e, w.shape[1])) for w in (up, down) if w.bias is not None]
-    if any(tuple(found) != wanted if isinstance(wanted, tuple) else found != wanted for found, wanted in shapes):
+    if not isinstance(choice.scale, (int, float)) or not 0 < choice.scale < math.inf:
         return False
-    if choice.bias is not None:
-        if choice.bias.shape != (e,) or choice.bias.dtype != torch.float32 or not choice.bias.is_contiguous():
-            return False
-    sizes = choice.top_k, choice.n_group, choice.topk_group
-    if not all(type(size) is int and 1 <= size <= e for size in sizes) or not isinstance(choice.scale, (int, float)):
+    if bias is not None and (bias.shape != (num_experts,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
         return False
-    if (
-        e % choice.n_group
-        or not choice.topk_group <= min(choice.n_group, MOST_CHOSEN)
-        or not 0 < choice.scale < math.inf
-    ):
+    reachable = num_experts // choice.n_group * choice.topk_group
+    return choice.topk_group <= min(choice.n_group, MOST_CHOSEN) and choice.top_k <= min(reachable, MOST_CHOSEN)
+
+
+def _fits(up: Weight, down: Weight, activation: Activation) -> bool:
+    """Whether the native kernels serve these weights with their biases, and their shapes fit each other."""
+    if len(up.shape) != 3 or len(down.shape) != 3:
         return False
-    if choice.top_k > min(e // choice.n_group * choice.topk_group, MOST_CHOSEN):
+    (e, wide, h), inner = up.shape, down.shape[2]
+    if wide != activation.halves * inner or down.shape[0] != e or h == 0 or inner == 0:
         return False
-    return h > 0 and inner > 0 and _backend.serves_weights("native", "expert_mlp", (up.kind, down.kind), False)
+    if any(weight.bias is not None and weight.bias.shape != (e, weight.shape[1]) for weight in (up, down)):
+        return False
+    return _backend.serves_weights("native", "expert_mlp", (up.kind, down.kind), False)
 
 
 def prepare(
-    choice: ExpertChoice,
     weights: tuple[torch.Tensor | QuantizedExpertWeight, torch.Tensor | QuantizedExpertWeight],
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
     activation: Activation,
     interleaved: bool,
+    choice: ExpertChoice | None = None,
 ) -> Prepared | None:
-    """What :func:`run` needs, or None if the native kernels do not serve these.
+    """What :func:`run` and :func:`run_chosen` need, or None if the native kernels do not serve these.
 
     Args:
-        choice: of experts.
         weights: ``gate_up`` and ``down`` of :func:`gossamer.expert_mlp`.
         biases: of the same two.
         activation: as there, like ``interleaved``.
         interleaved: whether gate and up alternate.
+        choice: of experts, for :func:`run`.
     """
+    if _backend.native_unavailable() is not None:
+        return None
     if not all(isinstance(weight, (torch.Tensor, QuantizedExpertWeight)) for weight in weights):
         return None
     stored = (weight.operand() if isinstance(weight, QuantizedExpertWeight) else Weight(weight) for weight in weights)
     up, down = (weight._replace(bias=bias) for weight, bias in zip(stored, biases, strict=True))
-    experts = ExpertStack(up, down, activation, interleaved)
-    if _backend.native_unavailable() is not None or not _fits(choice, experts):
+    tensors = (up.data, up.scale, up.bias, down.data, down.scale, down.bias, None if choice is None else choice.bias)
+    if not is_plain_on_cpu(*tensors) or not _fits(up, down, activation):
         return None
-    values = (experts.gate_up.values, experts.down.values, experts.gate_up.bias, experts.down.bias)
-    found = {value.dtype for value in values if value is not None}
+    e, _, h = up.shape
+    found = {value.dtype for value in (up.values, down.values, *biases) if value is not None}
     dtypes = tuple(dtype for dtype in FLOAT_DTYPES if found <= {dtype})
-    if not dtypes:
+    if not dtypes or not (choice is None or _is_valid(choice, e)):
         return None
     from gossamer.cpu_kernels import routed_experts
 
-    e, _, h = experts.gate_up.shape
-    return Prepared(routed_experts.prepare(choice, experts), e, h, experts.down.shape[1], dtypes)
+    layer = routed_experts.prepare(up, down, activation, interleaved)
+    return Prepared(layer, choice, e, h, down.shape[1], dtypes)
+
+
+def _takes(prepared: Prepared, x: torch.Tensor) -> bool:
+    return x.dtype in prepared.dtypes and x.dim() == 2 and x.shape[0] > 0 and x.shape[1] == prepared.hidden_size
 
 
 def run(prepared: Prepared, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
@@ -136,10 +131,29 @@ def run(prepared: Prepared, logits: torch.Tensor, x: torch.Tensor) -> torch.Tens
 
     None if it does not serve them: for other dtypes and sizes, no tokens, and logits that are NaN or +inf.
     """
-    if not is_plain_on_cpu(logits) or logits.dtype != torch.float32 or x.dtype not in prepared.dtypes:
+    if not _takes(prepared, x) or not is_plain_on_cpu(logits):
         return None
-    if x.shape[0] == 0 or x.shape[1] != prepared.hidden_size or logits.shape != (len(x), prepared.num_experts):
+    if logits.dtype != torch.float32 or logits.shape != (x.shape[0], prepared.num_experts):
         return None
     from gossamer.cpu_kernels import routed_experts
 
-    return routed_experts.run(prepared.layer, logits.contiguous(), x, prepared.output_size)
+    return routed_experts.run(prepared, logits, x)
+
+
+def run_chosen(
+    prepared: Prepared, expert_ids: torch.Tensor, weights: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor | None:
+    """The layer's output for ``x (T, H)``, for which :func:`may_run` is true, with given ``(T, K)`` ids and weights.
+
+    None if it does not serve them: for other dtypes and sizes, no tokens, K > E, and negative ids.
+    """
+    if not _takes(prepared, x) or not is_plain_on_cpu(expert_ids, weights):
+        return None
+    if expert_ids.dtype not in INDEX_DTYPES or weights.dtype not in (x.dtype, torch.float32):
+        return None
+    shape = expert_ids.shape
+    if len(shape) != 2 or weights.shape != shape or shape[0] != x.shape[0] or not 0 < shape[1] <= prepared.num_experts:
+        return None
+    from gossamer.cpu_kernels import routed_experts
+
+    return routed_experts.run_chosen(prepared, expert_ids, weights, x)

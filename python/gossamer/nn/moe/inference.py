@@ -1,9 +1,9 @@
-"""Routers and experts on the CPU without gradients: choice, dispatch and experts of a call in one native call."""
+"""Expert layers on the CPU without gradients: choice of experts, dispatch and experts of a call in one native call."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,10 +16,12 @@ from gossamer.nn.moe.routers.linear import LinearRouter, SigmoidRouter, SoftmaxR
 from gossamer.ops.routed_experts import ExpertChoice, Prepared, may_run, prepare, run
 
 # The routers that one kernel serves; of exactly these classes, since others may choose otherwise.
-_CHOICES: dict[type, Callable[[LinearRouter], tuple]] = {
-    SoftmaxRouter: lambda router: (router.top_k, False, *_selection(router), None),
-    TopKSoftmaxRouter: lambda router: (router.top_k, False, True, 1, 1, 1.0, None),
-    SigmoidRouter: lambda router: (router.top_k, True, *_selection(router), router._buffers["e_score_correction_bias"]),
+_CHOICES: dict[type, Callable[[LinearRouter], ExpertChoice]] = {
+    SoftmaxRouter: lambda router: ExpertChoice(router.top_k, False, *_selection(router), None),
+    TopKSoftmaxRouter: lambda router: ExpertChoice(router.top_k, False, True, 1, 1, 1.0, None),
+    SigmoidRouter: lambda router: ExpertChoice(
+        router.top_k, True, *_selection(router), router._buffers["e_score_correction_bias"]
+    ),
 }
 
 
@@ -37,39 +39,60 @@ class _Kept(NamedTuple):
 
 
 # Beside the modules instead of in them, since it can neither be copied nor pickled.
-_KEPT: weakref.WeakKeyDictionary[Experts, _Kept] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
-def _replaced(module: nn.Module, *methods: str) -> bool:
-    """Whether calling a module would do more than its class's ``forward``, or an instance has its own methods."""
-    if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None:
-        return True
-    own = module.__dict__
-    return "forward" in own or any(name in own for name in methods)
-
-
-def _tensors(experts: Experts) -> list[torch.Tensor | None]:
-    """The tensors that hold an expert layer's weights and biases."""
+def held_tensors(experts: nn.Module, names: Sequence[str]) -> list[torch.Tensor | None]:
+    """The tensors that hold the weights called ``names`` of an expert layer, and their biases."""
     found = []
-    for name in experts.weight_stacks:
+    for name in names:
         held = experts._parameters.get(name)
-        if held is None and isinstance(stack := experts._modules.get(name), QuantizedExpertStack):
+        if held is None and type(stack := experts._modules.get(name)) is QuantizedExpertStack:
             buffers = stack._buffers
             found += (buffers["data"] if buffers["panels"] is None else buffers["panels"], buffers["scale"])
         else:
             found.append(held)
-        found.append(experts._parameters[f"{name}_bias"])
+        found.append(experts._parameters.get(f"{name}_bias"))
     return found
 
 
-def _same(kept: tuple[tuple, ...], tensors: list[torch.Tensor | None]) -> bool:
-    """Whether these are the tensors that :func:`_marks` saw, with the same memory in the same layout."""
-    if len(kept) != len(tensors):
-        return False
-    for (reference, *mark), tensor in zip(kept, tensors, strict=True):
-        if reference() is not tensor or (tensor is not None and mark != _layout(tensor)):
-            return False
-    return True
+def holds(experts: nn.Module, names: Sequence[str], biases: bool) -> bool:
+    """Whether a layer holds the weights ``names``, and biases if asked, where :func:`held_tensors` finds them."""
+    parameters, modules = experts._parameters, experts._modules
+    weights = all(parameters.get(name) is not None or type(modules.get(name)) is QuantizedExpertStack for name in names)
+    return weights and not (biases and any(parameters.get(f"{name}_bias") is None for name in names))
+
+
+def held_formats(experts: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
+    """How the weights called ``names`` are quantised, where they are."""
+    stacks = [experts._modules.get(name) for name in names]
+    return [(stack.format, stack.activations) for stack in stacks if type(stack) is QuantizedExpertStack]
+
+
+def kept_for(
+    experts: nn.Module,
+    settings: tuple,
+    tensors: Callable[[], list[torch.Tensor | None]],
+    make: Callable[[], Prepared | None],
+) -> tuple[Prepared | None, list[torch.Tensor | None]]:
+    """What ``make()`` prepared for an expert layer, made again whenever it is no longer valid.
+
+    Args:
+        experts: the layer.
+        settings: all that decides the result beside tensors.
+        tensors: returns the tensors whose addresses the result holds.
+        make: prepares.
+
+    Returns:
+        The result, and its tensors, which must be held during its calls.
+    """
+    found, kept = tensors(), _KEPT.get(experts)
+    if kept is None or kept.settings != settings or not _same(kept.tensors, found):
+        prepared = make()
+        # Preparing may have moved codes to where products read them faster.
+        found = tensors()
+        kept = _KEPT[experts] = _Kept(settings, _marks(found), prepared)
+    return kept.prepared, found
 
 
 def _layout(tensor: torch.Tensor) -> list:
@@ -85,30 +108,33 @@ def _nothing() -> None:
     """Stands in for the reference to a tensor that a layer does not have."""
 
 
-def _settings(router: LinearRouter, experts: Experts) -> tuple:
-    """What else decides the results; tensors last."""
-    held = [experts._modules.get(name) for name in experts.weight_stacks]
-    formats = [(stack.format, stack.activations) for stack in held if stack is not None]
-    return (
-        experts.form,
-        experts.capacity_factor,
-        experts.exchange,
-        experts.activation,
-        experts.interleaved,
-        experts.transposed,
-        *formats,
-        *_CHOICES[type(router)](router)[:-1],
-    )
+def _same(marks: tuple[tuple, ...], tensors: list[torch.Tensor | None]) -> bool:
+    """Whether these are the tensors that :func:`_marks` saw, with the same memory in the same layout."""
+    if len(marks) != len(tensors):
+        return False
+    for (reference, *layout), tensor in zip(marks, tensors, strict=True):
+        if reference() is not tensor or (tensor is not None and layout != _layout(tensor)):
+            return False
+    return True
 
 
-def _prepare(router: LinearRouter, experts: Experts) -> Prepared | None:
+def _replaced(module: nn.Module, *methods: str) -> bool:
+    """Whether calling a module would do more than its class's ``forward``, or an instance has its own methods."""
+    if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None:
+        return True
+    own = module.__dict__
+    return "forward" in own or any(name in own for name in methods)
+
+
+def _prepare(experts: Experts, choice: ExpertChoice) -> Prepared | None:
     if experts.form != "grouped" or experts.capacity_factor is not None or experts.exchange is not None:
         return None
     names = experts.weight_stacks
+    if not holds(experts, names, False):
+        return None
     weights = tuple(expert_weight(getattr(experts, name), experts.transposed) for name in names)
     biases = tuple(experts._parameters[f"{name}_bias"] for name in names)
-    choice = ExpertChoice(*_CHOICES[type(router)](router))
-    return prepare(choice, weights, biases, experts.activation, experts.interleaved)
+    return prepare(weights, biases, experts.activation, experts.interleaved, choice)
 
 
 def infer(router: nn.Module | None, experts: nn.Module, x: torch.Tensor, most: int | None) -> torch.Tensor | None:
@@ -124,13 +150,20 @@ def infer(router: nn.Module | None, experts: nn.Module, x: torch.Tensor, most: i
         return None
     if _replaced(router, "route") or _replaced(experts, "compute"):
         return None
-    settings, tensors = _settings(router, experts), [*_tensors(experts), _CHOICES[type(router)](router)[-1]]
-    kept = _KEPT.get(experts)
-    if kept is None or kept.settings != settings or not _same(kept.tensors, tensors):
-        prepared = _prepare(router, experts)
-        # Preparing may have moved codes to where products read them faster.
-        tensors = [*_tensors(experts), tensors[-1]]
-        kept = _KEPT[experts] = _Kept(settings, _marks(tensors), prepared)
-    if kept.prepared is None or (most is not None and router.top_k > most):
+    choice, names = _CHOICES[type(router)](router), experts.weight_stacks
+    settings = (
+        choice[:-1],
+        experts.form,
+        experts.capacity_factor,
+        experts.exchange,
+        experts.activation,
+        experts.interleaved,
+        experts.transposed,
+        held_formats(experts, names),
+    )
+    prepared, _held = kept_for(
+        experts, settings, lambda: [*held_tensors(experts, names), choice.bias], lambda: _prepare(experts, choice)
+    )
+    if prepared is None or (most is not None and router.top_k > most):
         return None
-    return run(kept.prepared, router.logits(x), x)
+    return run(prepared, router.logits(x), x)
