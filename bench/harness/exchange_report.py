@@ -39,8 +39,9 @@ def sentence(run: dict) -> str:
     link, held = run["link"], [s for s in run["samples"] if not s["fitted"]]
     same = [s["ratio"] for s in held if s["collective"].startswith("all-to-all")]
     others = [s["ratio"] for s in held if not s["collective"].startswith("all-to-all")]
+    threads = f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}"
     return (
-        f"{run['processes']} processes, {run['backend']}, {run['threads']} threads each: latency "
+        f"{run['processes']} processes, {run['backend']}, {threads} each: latency "
         f"{digits(1e6 * link['latency'])} us, bandwidth {digits(link['bandwidth'] / 1e9)} GB/s, fitted to the sizes "
         f"marked *. Predicted over measured: {min(same):.2f} to {max(same):.2f} for other all-to-alls, "
         f"{min(others):.2f} to {max(others):.2f} for the other collectives."

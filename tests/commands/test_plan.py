@@ -143,7 +143,7 @@ def test_two_processes_are_measured_and_a_plan_uses_their_link(invoke, config, t
         assert 0 < sample["p20"] <= sample["seconds"] <= sample["p80"]
         assert sample["ratio"] == pytest.approx(sample["predicted"] / sample["seconds"])
     assert result.stdout.splitlines()[2].split()[:4] == ["all-to-all", "*", "1", "KiB"]
-    assert "2 processes, gloo, 1 threads each: latency " in result.stdout
+    assert "2 processes, gloo, 1 thread each: latency " in result.stdout
     planned = tmp_path / "plan.json"
     arguments = ("--gpus", "2", "--links", str(stored), *H100, "--tokens", "64", "--json", str(planned))
     assert invoke("parallel", config, *arguments).exit_code == 0
