@@ -363,8 +363,11 @@ void low_rank_rows_of(const LowRankArgs& a, const W& weight, LowRankBuffers<Oper
   const Weight<T> a_weight{static_cast<const T*>(a.a.base), a.a.row_stride, a.a.col_stride, a.rank, a.depth};
   const Weight<T> right{static_cast<const T*>(a.right.base), a.right.col_stride, a.right.row_stride, a.columns, a.rank};
   const int64_t m = end - first, c_stride = own.c_stride(buffers.chunk);
-  const auto pack = [&](const FloatMatrix& from, const Panel<P>& panel, int64_t terms) {
+  const auto find_rows = [&](const FloatMatrix& from) {
     for (int64_t i = 0; i < m; ++i) rows[i] = static_cast<const T*>(from.base) + (first + i) * from.row_stride;
+  };
+  const auto pack = [&](const FloatMatrix& from, const Panel<P>& panel, int64_t terms) {
+    find_rows(from);
     const auto part = team.share(terms, kPanelWidth<P>);
     pack_as_columns(panel, rows, part.begin, part.end);
   };
@@ -372,7 +375,10 @@ void low_rank_rows_of(const LowRankArgs& a, const W& weight, LowRankBuffers<Oper
   team.barrier();
   buffers.queue.restart(team);
   buffers.left_queue.restart(team);
-  pack(a.x, panel, a.depth);
+  // A panel has room for more rows than a few, and half of it would come from another core's cache.
+  bool in_place = false;
+  if constexpr (std::is_same_v<W, QuantizedMatrix>) in_place = operands.reads_rows(weight, m) && !a.a;
+  if (!in_place) pack(a.x, panel, a.depth);
   if (a.a) {
     team.barrier();
     buffers.left_queue.each(team, a.rank, kRankUnit, [&](int64_t j, int64_t last) {
@@ -386,7 +392,15 @@ void low_rank_rows_of(const LowRankArgs& a, const W& weight, LowRankBuffers<Oper
   }
   if (a.left) pack(a.left, left, a.rank);
   team.barrier();
-  const auto x = operands.operand(weight, panel);
+  const auto x = [&] {
+    if constexpr (std::is_same_v<W, QuantizedMatrix>) {
+      if (in_place) {
+        find_rows(a.x);
+        return operands.operand_of_rows(rows, a.depth, m);
+      }
+    }
+    return operands.operand(weight, panel);
+  }();
   buffers.queue.each(team, a.columns, kGroup, [&](int64_t n, int64_t last) {
     const int64_t count = last - n;
     // The result's rows are fetched into the cache while it is computed.

@@ -74,7 +74,9 @@ class OperandMemory {
       }
     }
     if constexpr (kDecodesFew<P>) {
-      if (panel.width <= kFewQuantized && !w.transposed) return {panel, copy(panel)};
+      if (panel.width <= kFewQuantized && !w.transposed) {
+        return {panel, copy(panel.depth, panel.width, [&](int64_t k, int64_t t) { return panel.data[k * kLanes<P> + t]; })};
+      }
     }
     return {panel, nullptr};
   }
@@ -83,18 +85,35 @@ class OperandMemory {
     return panel;
   }
 
+  // Whether a product with so many tokens reads them as operand_of_rows() gives them, and needs no panel. More rows, which may share
+  // a cache set, are transposed faster into a panel.
+  static bool reads_rows(const QuantizedMatrix& w, int64_t tokens) {
+    constexpr int64_t most = std::min(4, kFewQuantized);
+    return kDecodesFew<P> && tokens <= most && !w.transposed && !w.weights->rounds_rows;
+  }
+  // The operand of `tokens` rows of `depth` values.
+  template <class T>
+  QuantizedOperand<P> operand_of_rows(const T* const* rows, int64_t depth, int64_t tokens) {
+    const int64_t packed = packed_depth<P>(depth);
+    return {Panel<P>{nullptr, packed, tokens}, copy(packed, tokens, [&](int64_t k, int64_t t) {
+              return t < tokens ? packed_value<P>(rows[t] + k * kTerms<P>, 1, depth - k * kTerms<P>) : P{};
+            })};
+  }
+
  private:
   // Whole words of codes are multiplied: values past the depth are zero.
   static int64_t padded(int64_t depth) { return (packed_depth<P>(depth) + kDepth - 1) / kDepth * kDepth; }
 
-  const P* copy(const Panel<P>& panel) {
+  // value(k, t) of each token for each index along the depth; also of tokens after the last one, which some numbers are rounded up by.
+  template <class F>
+  const P* copy(int64_t depth, int64_t count, F&& value) {
     P* to = reinterpret_cast<P*>(few_.get());
-    with_few_tokens<kFewQuantized>(panel.width, [&](auto tokens) {
-      const int64_t last = (panel.depth + kDepth - 1) / kDepth * kDepth;
-      for (int64_t k = 0; k < panel.depth; ++k) {
-        for (int t = 0; t < tokens; ++t) to[k * tokens + t] = panel.data[k * kLanes<P> + t];
+    with_few_tokens<kFewQuantized>(count, [&](auto tokens) {
+      const int64_t last = (depth + kDepth - 1) / kDepth * kDepth;
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int t = 0; t < tokens; ++t) to[k * tokens + t] = value(k, t);
       }
-      std::memset(static_cast<void*>(to + panel.depth * tokens), 0, (last - panel.depth) * tokens * sizeof(P));
+      std::memset(static_cast<void*>(to + depth * tokens), 0, (last - depth) * tokens * sizeof(P));
     });
     return to;
   }
