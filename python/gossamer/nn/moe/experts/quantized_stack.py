@@ -6,6 +6,7 @@ import threading
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from gossamer._panels import PANELS, ROWS, gain_from_panels
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
@@ -54,7 +55,7 @@ class QuantizedExpertStack(nn.Module):
         in_rows = self._buffers.get("panels") is None
         if in_rows and not torch.is_grad_enabled() and gain_from_panels(self._buffers, "data"):
             self._arrange(PANELS)
-        return self._held()
+        return self._held() if is_compiling() else self._checked()
 
     def _held(self) -> QuantizedExpertWeight:
         # Another thread may move the codes meanwhile, but they are in one of the buffers at any time.
@@ -63,6 +64,17 @@ class QuantizedExpertStack(nn.Module):
                 codes = self._buffers.get(name)
                 if codes is not None:
                     return QuantizedExpertWeight(codes, self._buffers["scale"], self.format, self.activations, layout)
+
+    def _checked(self) -> QuantizedExpertWeight:
+        """What :meth:`_held` returns, made and checked once while the codes lie in panels."""
+        codes, scale, held = self._buffers.get("panels"), self._buffers["scale"], self.__dict__.get("_in_panels")
+        if held is not None and held.data is codes and held.scale is scale and self._buffers.get("data") is None:
+            if held.activations == self.activations and held.format == self.format:
+                return held
+        held = self._held()
+        if held.layout == PANELS:
+            self.__dict__["_in_panels"] = held
+        return held
 
     def _arrange(self, layout: str) -> None:
         """Move the codes into a layout's buffer."""
@@ -76,6 +88,7 @@ class QuantizedExpertStack(nn.Module):
             if buffers.get(name) is None:
                 buffers[name] = self._held().to_layout(layout).data
                 buffers[other] = None
+                self.__dict__.pop("_in_panels", None)
 
     def __getattr__(self, name: str):
         if name == "data":
@@ -89,7 +102,7 @@ class QuantizedExpertStack(nn.Module):
 
     def __getstate__(self) -> dict:
         self._arrange(ROWS)
-        return self.__dict__
+        return {name: value for name, value in self.__dict__.items() if name != "_in_panels"}
 
     def _apply(self, fn, recurse=True):
         self._arrange(ROWS)
