@@ -23,14 +23,17 @@ def served(monkeypatch):
     """The calls that one native call has served, by number of tokens."""
     calls = []
 
-    def run(prepared, logits, x):
-        y = original(prepared, logits, x)
-        if y is not None:
-            calls.append(len(x))
-        return y
+    def counting(original):
+        def run(*arguments):
+            y = original(*arguments)
+            if y is not None:
+                calls.append(len(y))
+            return y
 
-    original = inference.run
-    monkeypatch.setattr(inference, "run", run)
+        return run
+
+    for name in ("run", "run_chosen"):
+        monkeypatch.setattr(inference, name, counting(getattr(inference, name)))
     return calls
 
 
@@ -54,8 +57,8 @@ def inputs(tokens, dtype=torch.float32):
 
 
 def by_modules(moe, x):
-    """The layer with the router's routing given, which its experts then compute."""
-    return moe(x, routing=moe.router(x))
+    """The layer's output where its routing is wanted too, which sends all through the modules."""
+    return moe(x, return_routing=True)[0]
 
 
 def check(moe, served, dtype=torch.float32, tokens=(1, 2, 19)):
@@ -76,11 +79,12 @@ def check(moe, served, dtype=torch.float32, tokens=(1, 2, 19)):
         {"router": "softmax_topk", "n_group": 4, "topk_group": 2},
         {"router": "topk_softmax", "upcast": False},
         {"router": "sigmoid_topk", "n_group": 2, "topk_group": 1},
+        {"router": "top_p", "top_p": 0.4},
     ],
-    ids=["softmax", "renormalized", "groups", "topk_softmax", "sigmoid"],
+    ids=["softmax", "renormalized", "groups", "topk_softmax", "sigmoid", "other"],
 )
 def test_routers(served, options):
-    """Each rule, of one token and several."""
+    """Each rule, of one token and several; any other router's ids and weights, some slots without an expert."""
     check(make(**options), served)
 
 
@@ -149,9 +153,9 @@ def _capacity(moe):
     moe.experts.capacity_factor = 0.5
 
 
-@pytest.mark.parametrize("change", [_hooked, _own_forward, _own_rule, _capacity])
-def test_modules_with_more_to_do(served, change):
-    """Hooks, methods of an instance, subclasses and capacities are not left out."""
+@pytest.mark.parametrize(("change", "calls"), [(_hooked, []), (_own_forward, [9]), (_own_rule, [9]), (_capacity, [])])
+def test_modules_with_more_to_do(served, change, calls):
+    """Hooks, methods of an instance, subclasses and capacities are not left out; experts may follow another router."""
     moe, x = make(), inputs(9)
     with torch.no_grad():
         plain = moe(x)
@@ -159,7 +163,7 @@ def test_modules_with_more_to_do(served, change):
         change(moe)
         found = moe(x)
         assert torch.equal(found, by_modules(moe, x)) and not torch.equal(found, plain)
-    assert not served
+    assert served == calls
 
 
 def test_calls_with_more_to_do(served):
@@ -173,7 +177,12 @@ def test_calls_with_more_to_do(served):
             assert torch.allclose(moe(x), by_modules(moe, x))
         y, routing = moe(x, return_routing=True)
         assert torch.equal(y, moe(x, routing=routing))
-    assert not served
+        bounded = routing.replaced(dispatch=None, max_rows=K)
+        with pytest.raises(ValueError, match="max_rows must be at least the number of slots with an expert"):
+            moe(x, routing=bounded)
+        assert not served
+        assert torch.equal(y, moe(x, routing=routing.replaced(dispatch=None)))
+    assert served == [2]
 
 
 def test_errors_are_those_of_the_modules(served):

@@ -13,7 +13,8 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack, expert_weight
 from gossamer.nn.moe.routers.linear import LinearRouter, SigmoidRouter, SoftmaxRouter, TopKSoftmaxRouter
-from gossamer.ops.routed_experts import ExpertChoice, Prepared, may_run, prepare, run
+from gossamer.nn.moe.routing import Routing
+from gossamer.ops.routed_experts import ExpertChoice, Prepared, may_run, prepare, run, run_chosen
 
 # The routers that one kernel serves; of exactly these classes, since others may choose otherwise.
 _CHOICES: dict[type, Callable[[LinearRouter], ExpertChoice]] = {
@@ -126,15 +127,37 @@ def _replaced(module: nn.Module, *methods: str) -> bool:
     return "forward" in own or any(name in own for name in methods)
 
 
-def _prepare(experts: Experts, choice: ExpertChoice) -> Prepared | None:
-    if experts.form != "grouped" or experts.capacity_factor is not None or experts.exchange is not None:
-        return None
-    names = experts.weight_stacks
-    if not holds(experts, names, False):
-        return None
-    weights = tuple(expert_weight(getattr(experts, name), experts.transposed) for name in names)
-    biases = tuple(experts._parameters[f"{name}_bias"] for name in names)
-    return prepare(weights, biases, experts.activation, experts.interleaved, choice)
+def _prepared(experts: Experts, choice: ExpertChoice | None) -> tuple[Prepared | None, list[torch.Tensor | None]]:
+    """:func:`kept_for` of a plain expert layer."""
+    names, bias = experts.weight_stacks, None if choice is None else choice.bias
+    settings = (
+        None if choice is None else choice[:-1],
+        experts.form,
+        experts.capacity_factor,
+        experts.exchange,
+        experts.activation,
+        experts.interleaved,
+        experts.transposed,
+        held_formats(experts, names),
+    )
+
+    def make() -> Prepared | None:
+        if experts.form != "grouped" or experts.capacity_factor is not None or experts.exchange is not None:
+            return None
+        if not holds(experts, names, False):
+            return None
+        weights = tuple(expert_weight(getattr(experts, name), experts.transposed) for name in names)
+        biases = tuple(experts._parameters[f"{name}_bias"] for name in names)
+        return prepare(weights, biases, experts.activation, experts.interleaved, choice)
+
+    return kept_for(experts, settings, lambda: [*held_tensors(experts, names), bias], make)
+
+
+def _is_plain(experts: nn.Module) -> bool:
+    """Whether calling an expert layer only computes :class:`Experts`."""
+    if type(experts) is not Experts or _global_forward_hooks or _global_forward_pre_hooks:
+        return False
+    return not _replaced(experts, "compute")
 
 
 def infer(router: nn.Module | None, experts: nn.Module, x: torch.Tensor, most: int | None) -> torch.Tensor | None:
@@ -144,26 +167,19 @@ def infer(router: nn.Module | None, experts: nn.Module, x: torch.Tensor, most: i
     other devices, under compilers, autocast and other modes, and if a module has hooks or methods of its own. They also
     raise all errors.
     """
-    if type(router) not in _CHOICES or type(experts) is not Experts or not may_run(x):
+    if type(router) not in _CHOICES or not _is_plain(experts) or not may_run(x) or _replaced(router, "route"):
         return None
-    if _global_forward_hooks or _global_forward_pre_hooks:
-        return None
-    if _replaced(router, "route") or _replaced(experts, "compute"):
-        return None
-    choice, names = _CHOICES[type(router)](router), experts.weight_stacks
-    settings = (
-        choice[:-1],
-        experts.form,
-        experts.capacity_factor,
-        experts.exchange,
-        experts.activation,
-        experts.interleaved,
-        experts.transposed,
-        held_formats(experts, names),
-    )
-    prepared, _held = kept_for(
-        experts, settings, lambda: [*held_tensors(experts, names), choice.bias], lambda: _prepare(experts, choice)
-    )
+    prepared, _held = _prepared(experts, _CHOICES[type(router)](router))
     if prepared is None or (most is not None and router.top_k > most):
         return None
     return run(prepared, router.logits(x), x)
+
+
+def infer_routed(experts: nn.Module, routing: Routing, x: torch.Tensor) -> torch.Tensor | None:
+    """``experts(x, routing)`` of ``x (T, H)`` and a routing that is not dispatched, like :func:`infer`."""
+    if not _is_plain(experts) or not may_run(x) or routing.dispatch is not None or routing.max_rows is not None:
+        return None
+    prepared, _held = _prepared(experts, None)
+    if prepared is None or routing.num_experts != prepared.num_experts:
+        return None
+    return run_chosen(prepared, routing.expert_ids, routing.weights, x)

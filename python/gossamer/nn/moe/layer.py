@@ -9,7 +9,7 @@ from gossamer._activation import Activation
 from gossamer._checks import check_positive, check_shape, check_strided, check_tensor, check_traceable
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.shared import SharedExpert
-from gossamer.nn.moe.inference import infer
+from gossamer.nn.moe.inference import infer, infer_routed
 from gossamer.nn.moe.routers import router_class
 from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
@@ -186,11 +186,14 @@ class MoE(nn.Module):
             y = infer(self.router, self.experts, tokens, self.top_k)
         if y is None:
             routing = self._routing(x, tokens, routing, token_ids)
-            if self.shared_expert is not None and getattr(self.experts, "exchange", None) is not None:
-                # The shared expert is computed while tokens travel.
-                y, shared = self.experts(tokens, routing, beside=lambda: self._shared(tokens))
-            else:
-                y = self.experts(tokens, routing)
+            y = None if return_routing else infer_routed(self.experts, routing, tokens)
+            if y is None:
+                routing = routing.dispatched()
+                if self.shared_expert is not None and getattr(self.experts, "exchange", None) is not None:
+                    # The shared expert is computed while tokens travel.
+                    y, shared = self.experts(tokens, routing, beside=lambda: self._shared(tokens))
+                else:
+                    y = self.experts(tokens, routing)
             if routing.residual is not None:
                 check_shape("routing.residual", routing.residual, (tokens.shape[0],), "(T,)")
                 y = y + (routing.residual.unsqueeze(1) * tokens).to(y.dtype)
@@ -205,7 +208,7 @@ class MoE(nn.Module):
     def _routing(
         self, x: torch.Tensor, tokens: torch.Tensor, routing: Routing | None, token_ids: torch.Tensor | None
     ) -> Routing:
-        """The given routing, or the router's, checked and dispatched."""
+        """The given routing, or the router's, checked."""
         if routing is None:
             if self.router is None:
                 raise ValueError("routing must be given to a layer without a router, got None")
@@ -215,7 +218,7 @@ class MoE(nn.Module):
             raise TypeError(f"routing must be a gossamer.nn.Routing, got {type(routing).__name__}")
         if self.top_k is not None and routing.top_k > self.top_k:
             raise ValueError(f"routing must have at most K = {self.top_k} experts per token, got {routing.top_k}")
-        return routing.dispatched()
+        return routing
 
     def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
         """The shared expert's output, gated if there is a gate."""
