@@ -50,7 +50,7 @@ def held_tensors(experts: nn.Module, names: Sequence[str]) -> list[torch.Tensor 
         held = experts._parameters.get(name)
         if held is None and type(stack := experts._modules.get(name)) is QuantizedExpertStack:
             buffers = stack._buffers
-            found += (buffers["data"] if buffers["panels"] is None else buffers["panels"], buffers["scale"])
+            found += (buffers["panels"] if buffers["data"] is None else buffers["data"], buffers["scale"])
         else:
             found.append(held)
         found.append(experts._parameters.get(f"{name}_bias"))

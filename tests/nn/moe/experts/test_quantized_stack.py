@@ -123,6 +123,25 @@ def state_codes(module):
     return module.state_dict()["weight.data"].clone()
 
 
+def test_layers_over_other_codes():
+    """The tensors that a layer divides are rows; a layer computes with the codes that it is lent."""
+    moe = gossamer.nn.MoE(64, 32, num_experts=4, top_k=2)
+    gossamer.quantize_experts(moe, "int4")
+    other, x, name = copy.deepcopy(moe), torch.randn(3, 64), "gate_up_proj.data"
+    other.experts.gate_up_proj.data = other.experts.gate_up_proj.data.flip(1)
+    with torch.no_grad():
+        lent = {f"experts.{name}": other.experts.state_dict()[name].clone()}
+        want = moe(x), other(x)
+        assert torch.equal(moe(x), want[0])
+        for _ in range(2):
+            assert torch.equal(torch.func.functional_call(moe, lent, (x,)), want[1])
+            assert torch.equal(moe(x), want[0])
+        stacks = moe.experts.stacks()
+        assert name in stacks and torch.equal(stacks[name], moe.experts.gate_up_proj.data)
+        over = moe.experts.over({name: lent[f"experts.{name}"]}, 4)
+        assert torch.equal(over(x, moe.router(x)), want[1])
+
+
 def test_codes_that_stay(linear):
     """Codes that others read, that gradients pass, or that fit no panels."""
     module, _ = linear

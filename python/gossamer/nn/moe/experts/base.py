@@ -11,6 +11,7 @@ from torch import nn
 from gossamer._checks import check_traceable
 from gossamer._layout import with_leading_sizes
 from gossamer.nn.moe.capacity import limit_capacity
+from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
 from gossamer.nn.moe.routing import Routing, check_hidden, given_experts
 
 
@@ -156,7 +157,7 @@ class ExpertLayer(nn.Module):
         Raises:
             NotImplementedError: a tensor has no dimension of experts, and the layer does not override this method.
         """
-        found = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        found = self._held()
         for name, tensor in found.items():
             if tensor.dim() < 1 or tensor.shape[0] != self.num_experts:
                 raise NotImplementedError(
@@ -164,6 +165,13 @@ class ExpertLayer(nn.Module):
                     f"part for each of {self.num_experts} experts along dimension 0"
                 )
         return found
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        """All parameters and buffers by name, quantised weights row after row."""
+        for module in self.modules():
+            if isinstance(module, QuantizedExpertStack):
+                module.weight()
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def columns(self) -> dict[str, Columns]:
         """The dimension of the intermediate size in each of :meth:`stacks`: the outputs of slices along it add up to

@@ -174,7 +174,7 @@ class LatentExperts(FactoredExperts):
         """All tensors, where projections have one part per group; without the projections if one group holds all
         experts.
         """
-        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        held = self._held()
         if not self.one_group:
             return held
         return {name: tensor for name, tensor in held.items() if name.split(".")[0] not in ("in_proj", "out_proj")}

@@ -282,7 +282,7 @@ class LoRAExperts(Experts):
         """
         if self.merged:
             raise ValueError("stacks needs an unmerged layer, got a merged one: call unmerge() first")
-        stacks = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        stacks = self._held()
         for name in self.targets:
             stacks[f"{name}_lora_A"], stacks[f"{name}_lora_B"] = self.lora_factors(name)
         return stacks
