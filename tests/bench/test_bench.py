@@ -157,7 +157,8 @@ def test_ratio_is_of_the_rounds_with_cores_near_each_other():
     case = Case("fake", "s", {"N": 4}, "fp32", torch.device("cpu"), "forward", (), {}, 8.0, 8.0, {}, "all")
     request = Request("s", {}, "fp32", case.device, "forward", "uniform")
     result = record.CaseResult(case, [dense, peer], 1.0, request, core_distance=95e-9)
-    assert "threads whose cores are 95 ns apart; in 14% of the samples the system had moved them" in report._method(result)
+    method = report._method(result)
+    assert "threads whose cores are 95 ns apart; in 14% of the samples the system had moved them" in method
 
 
 def test_raising_reference_is_reported_and_the_rest_goes_on():
