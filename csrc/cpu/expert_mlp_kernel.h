@@ -301,9 +301,17 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
       const bool same = at_x >= 0 && few[at_x].size() == m && std::equal(rows.token, rows.token + m, own->few[at_x].token);
       at_x = at;
       if (same) return;
+      const auto gate_up = gate_up_of(few[at].expert);
+      const T* const* found = rows.rows_of(a.x, few[at]);
       x.width = m;
-      pack_as_columns(x, rows.rows_of(a.x, few[at]), 0, a.hidden);
-      x_operand = operands.operand(gate_up_of(few[at].expert), x);
+      if constexpr (std::is_same_v<decltype(gate_up), const QuantizedMatrix>) {
+        if (operands.reads_rows(gate_up, m)) {
+          x_operand = operands.operand_of_rows(found, a.hidden, m);
+          return clock.lap(Stage::kPack);
+        }
+      }
+      pack_as_columns(x, found, 0, a.hidden);
+      x_operand = operands.operand(gate_up, x);
       clock.lap(Stage::kPack);
     };
     if (mine.begin < mine.end) {
