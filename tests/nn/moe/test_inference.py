@@ -105,6 +105,16 @@ def test_experts(served, dtype, quantized, options):
     check(make(dtype, quantized, **options), served, dtype)
 
 
+def test_codes_move_into_panels(served):
+    """The first call brings codes into the layout that products of few rows read fastest."""
+    moe = make(torch.bfloat16, "int4")
+    stacks = [moe.experts.gate_up_proj, moe.experts.down_proj]
+    gains = gossamer._backend.reads_panels(stacks[0].scale)
+    with torch.no_grad():
+        moe(inputs(1, torch.bfloat16))
+    assert served == [1] and all((stack._buffers["panels"] is not None) == gains for stack in stacks)
+
+
 def test_changes_are_seen(served):
     """Weights changed in place, replaced, cast, quantised and read as rows; options of router and experts."""
     moe = make(router="sigmoid_topk")

@@ -89,8 +89,9 @@ def kept_for(
     """
     found, kept = tensors(), _KEPT.get(experts)
     if kept is None or kept.settings != settings or not _same(kept.tensors, found):
+        # Preparing moves codes to where products read them faster, but not those that something else refers to.
+        del found
         prepared = make()
-        # Preparing may have moved codes to where products read them faster.
         found = tensors()
         kept = _KEPT[experts] = _Kept(settings, _marks(found), prepared)
     return kept.prepared, found
