@@ -300,6 +300,40 @@ def test_padding_in_bags(device, mode, last):
             model.bag(ids, torch.tensor([0, 9]))
 
 
+@pytest.mark.parametrize("method", ["compositional", "product_quantized", "pruned", "quantized"])
+def test_what_replaces_a_layer_has_what_tables_have(method, device):
+    """Vectors, bytes and the frozen form are those of the table, with the padding and pooling of the layer."""
+    model = nn.ModuleDict(
+        {
+            "mean": nn.EmbeddingBag(300, 16, mode="mean", padding_idx=3),
+            "max": nn.EmbeddingBag(300, 16, mode="max", padding_idx=3, include_last_offset=True),
+            "rows": nn.Embedding(300, 16, padding_idx=3),
+            "plain": nn.Embedding(300, 16),
+        }
+    ).to(device)
+    report = gossamer.compress_embeddings(model, method, 0.4 if method != "quantized" else 0.3)
+    ids = torch.tensor([[3, 5, 299], [3, 3, 3], [7, 0, 3]], device=device)
+    for name, layer in model.items():
+        row = next(table for table in report.tables if table.name == name)
+        assert (layer.nbytes(), layer.inference_nbytes()) == (row.training, row.served)
+        if method == "pruned":
+            layer.table.sparsify()
+        expected = layer.table.lookup(ids).detach().clone()
+        if name != "plain":
+            expected[ids == 3] = 0
+        assert torch.equal(layer.lookup(ids), expected)
+        before = layer(ids).detach()
+        frozen = layer.freeze()
+        assert type(frozen) is type(layer) and frozen.frozen and not frozen.training
+        assert frozen.nbytes() == frozen.inference_nbytes() == row.served
+        assert not any(p.requires_grad for p in frozen.parameters())
+        assert torch.equal(frozen(ids), before) and torch.equal(frozen.lookup(ids), expected)
+        if name == "mean":
+            assert_near(before[0], expected[0, 1:].double().mean(0))
+        if name == "max":
+            assert torch.equal(before[2], expected[2, :2].amax(0)) and frozen.mode == "max"
+
+
 class Grouped(nn.Module):
     def __init__(self, **options):
         super().__init__()

@@ -12,9 +12,13 @@ from gossamer.ops.gather_reduce import check_offsets
 
 
 class _InPlace(nn.Module):
-    """A table that replaces another layer and has its sizes."""
+    """A table that replaces another layer and has its sizes.
+
+    It has what all tables have. What one kind alone has, such as ``sparsify``, is reached by :attr:`table`.
+    """
 
     table: Table
+    padding_idx: int | None
 
     @property
     def num_embeddings(self) -> int:
@@ -25,6 +29,31 @@ class _InPlace(nn.Module):
     def embedding_dim(self) -> int:
         """D."""
         return self.table.embedding_dim
+
+    @property
+    def frozen(self) -> bool:
+        """Whether :meth:`freeze` was called."""
+        return self.table.frozen
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The vectors ``(..., D)`` of ``ids (...)``; that of ``padding_idx`` is zero."""
+        rows = self.table.lookup(ids)
+        if self.padding_idx is None:
+            return rows
+        return rows.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0)
+
+    def nbytes(self) -> int:
+        """Bytes that the table holds now, optimizer state included."""
+        return self.table.nbytes()
+
+    def inference_nbytes(self) -> int:
+        """Bytes that the table holds once :meth:`freeze` was called."""
+        return self.table.inference_nbytes()
+
+    def freeze(self) -> _InPlace:
+        """Freeze the table, in place, and return this layer around it: padding and pooling stay."""
+        self.table = self.table.freeze()
+        return self.eval()
 
 
 class TableLookup(_InPlace):
@@ -41,10 +70,7 @@ class TableLookup(_InPlace):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The vectors ``(*input.shape, D)``."""
-        rows = self.table.lookup(input)
-        if self.padding_idx is None:
-            return rows
-        return rows.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
+        return self.lookup(input)
 
 
 class TableBags(_InPlace):
