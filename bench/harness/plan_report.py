@@ -97,9 +97,11 @@ def notes(record: dict, shown: int) -> list[str]:
     links = [f"{_link(cluster['intra'])} within a node"]
     if cluster["inter"] is not None:
         links.append(f"{_link(cluster['inter'])} between nodes")
-    limit = f", {digits(cluster['memory'] / GIB)} GiB each" if cluster["memory"] is not None else ""
+    limit, source = cluster["memory"], record["memory_source"]
+    each = "" if limit is None else f", {digits(limit / GIB)} GiB each"
+    each += f", the memory of {record['device']}" if source == "--device" else ""
     lines.append(
-        f"{cluster['devices']} devices on nodes of {cluster['per_node']}{limit}; a device sends {', '.join(links)}."
+        f"{cluster['devices']} devices on nodes of {cluster['per_node']}{each}; a device sends {', '.join(links)}."
     )
     for name, rate in record["rates"].items():
         meaning, unit, scale, _ = MEANING[name]
@@ -107,7 +109,15 @@ def notes(record: dict, shown: int) -> list[str]:
     if record["plan"] == "model" and "memory" not in record["rates"]:
         lines.append("Weights take no time to read: --memory-rate was neither given nor measured.")
     fitting = sum(layout["fits"] for layout in record["layouts"])
-    count = f"{fitting} of {len(record['layouts'])} layouts fit" if limit else f"{len(record['layouts'])} layouts"
+    total = len(record["layouts"])
+    if limit is None:
+        lines.append("No memory limit was given: a layout may need more than a device has; --memory sets one.")
+    elif not fitting:
+        least = min(layout["memory_bytes"] for layout in record["layouts"])
+        lines.append(
+            f"No layout fits: the smallest needs {digits(least / GIB)} GiB on a device of {digits(limit / GIB)}."
+        )
+    count = f"{total} layouts" if limit is None else f"{fitting} of {total} layouts fit"
     lines.append(f"{count}; {shown} shown, the quickest first. Nothing overlaps in these times.")
     return lines
 

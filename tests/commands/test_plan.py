@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from gossamer.bench.harness import processes
 from gossamer.cli import app
+from gossamer.parallel.planning.rates import device_memory
 
 MODEL = {
     "model_type": "mixtral", "hidden_size": 512, "vocab_size": 1000, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -74,6 +75,37 @@ def test_what_does_not_fit_is_an_exit_status(invoke, config):
     result = invoke("parallel", config, "--gpus", "4", *LINKS, *H100, "--tokens", "4096", "--memory", "0.01")
     assert result.exit_code == 1
     assert "0 of " in result.stdout and "layouts fit" in result.stdout
+    assert "No layout fits: the smallest needs " in result.stdout
+
+
+def test_the_memory_of_a_known_device_is_the_limit(invoke, tmp_path):
+    path, stored = tmp_path / "mixtral.json", tmp_path / "plan.json"
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    path.write_text(json.dumps(MODEL | sizes | {"vocab_size": 32000}))
+    arguments = ("parallel", str(path), "--gpus", "64", *LINKS, "--tokens", "8192", "--json", str(stored))
+    rates = ("--memory-rate", "3000", "--expert-rate", "400", "--dense-rate", "500")
+    result = invoke(*arguments, *rates, "--device", "H100")
+    record, limit = json.loads(stored.read_text()), 80 * 2**30
+    fitting = [layout for layout in record["layouts"] if layout["memory_bytes"] <= limit]
+    assert 0 < len(fitting) < len(record["layouts"]) and record["cluster"]["memory"] == limit
+    assert result.exit_code == 0 and record["layouts"][: len(fitting)] == fitting
+    assert "80.0 GiB each, the memory of H100;" in " ".join(result.stdout.split())
+    result = invoke(*arguments, *rates, "--device", "H100", "--memory", "100")
+    assert "100 GiB each;" in " ".join(result.stdout.split())
+    result = invoke(*arguments, *rates, "--device", "A100")
+    assert json.loads(stored.read_text())["cluster"]["memory"] is None
+    assert "No memory limit was given" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "gib"),
+    [
+        ("NVIDIA H100 80GB HBM3", 80), ("NVIDIA H100 NVL", 94), ("h200", 141), ("A100-SXM4-40GB", 40), ("A100", None),
+        ("GH200", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("AMD EPYC:avx2", None),
+    ],
+)  # fmt: skip
+def test_the_memory_of_a_device_is_known_by_its_name(device, gib):
+    assert device_memory(device) == gib
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def parallel(
         ),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="GIB", help="GiB of memory per device; by default no limit.")
+        float | None,
+        typer.Option(metavar="GIB", help="GiB of memory per device; by default that of a known --device."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="For a model: tokens per device in a step.")] = None,
     sequence: Annotated[
@@ -102,7 +103,10 @@ def parallel(
                 raise ValueError(f"{option} must be from 1 to {MOST_DEVICES}, got {value}")
         if top < 1:
             raise ValueError(f"--top must be at least 1, got {top}")
-        cluster = _cluster(gpus, per_node, bandwidth, latency, links, memory)
+        limit = memory
+        if memory is None and device is not None:
+            limit = measured.device_memory(device)
+        cluster = _cluster(gpus, per_node, bandwidth, latency, links, limit)
         known = {name: value * measured.MEANING[name][2] for name, value in given.items() if value is not None}
         rates = measured.Rates(results or _stored_runs(), _device(device), known)
         values = read_object(config)
@@ -136,6 +140,7 @@ def parallel(
     except ValueError as error:
         print(f"gossamer plan: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    record["memory_source"] = "--memory" if memory is not None else "--device" if limit is not None else None
     if json_file is not None:
         files.write_json(record, json_file)
     if plot_folder is not None:

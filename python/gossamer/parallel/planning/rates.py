@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ MEANING = {
     MEMORY: ("copies in memory", "GB/s", 1e9, "--memory-rate"),
     TABLES: ("embedding tables", "GB/s", 1e9, "--table-rate"),
 }
+# The memory that data sheets give, in GB; drivers report as many GiB to within a hundredth. GPUs that are sold with
+# several sizes are known by the size in their name only, such as "A100-SXM4-80GB".
+SHEET_MEMORY = {
+    "H100 NVL": 94, "H100": 80, "H200": 141, "B200": 180, "MI300X": 192, "MI325X": 256, "MI355X": 288,
+}  # fmt: skip
 WORDS = {"both": "forward and backward", "forward": "forward"}
 
 
@@ -167,6 +173,18 @@ class Rates:
 
 def _named(wanted: str, name: object) -> bool:
     return isinstance(name, str) and bool(wanted) and wanted.lower() in name.lower()
+
+
+def device_memory(device: str) -> float | None:
+    """GiB of memory of the device of that name by its data sheet; None if it is unknown, as that of a processor."""
+    words = re.findall(r"[A-Z0-9]+", device.upper())
+    if "MIG" in words:
+        return None
+    for name, size in SHEET_MEMORY.items():
+        if set(name.split()) <= set(words):
+            return float(size)
+    sizes = [word.removesuffix("GB") for word in words if re.fullmatch(r"[1-9][0-9]*GB", word)]
+    return float(sizes[0]) if len(sizes) == 1 else None
 
 
 def _measured(run: _Run, name: str, dtype: str, direction: str, chosen: str | None) -> Iterator[_Found]:
