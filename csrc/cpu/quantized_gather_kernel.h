@@ -42,7 +42,7 @@ class CodeRows {
   static constexpr int kLanesOf = kLanes<float>, kRows = Vectors * kLanesOf;
 
   CodeRows(const QuantizedMatrix& w, int64_t n, int64_t last) : w_(w) {
-    const int64_t bytes = w.weights->row_bytes(), expert_scales = w.scales(0);
+    const int64_t expert_scales = w.scales(0);
     for (int i = 0; i < kRows; ++i) {
       const int64_t row = std::min<int64_t>(n + i, last - 1);
       scales_at_[i] = expert_scales + (row >> w.weights->row_shift) * w.weights->scale_columns;
