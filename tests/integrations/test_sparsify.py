@@ -93,6 +93,18 @@ def test_erk(device):
     assert type(model[1]) is nn.Linear
 
 
+def test_layers_that_would_grow_stay_dense():
+    """A block reaches over the edge of a small weight, and its values there count."""
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(64, 16), nn.Linear(16, 16))
+    before = sum(p.numel() for p in model.parameters())
+    report = gossamer.sparsify(model, 0.5, 32)
+    reasons = {m.name: m.reason for m in report.skipped}
+    assert reasons["0"] == "its blocks would hold 1,024 values, more than its 100"
+    assert set(reasons) == {"0", "2"} and [layer.name for layer in report.layers] == ["1"]
+    assert type(model[0]) is nn.Linear and sum(p.numel() for p in model.parameters()) <= before
+    assert "0: Linear, left alone: its blocks would hold 1,024 values, more than its 100" in str(report)
+
+
 def test_global_choice(device):
     """The best blocks of all layers together, whichever layer they are of."""
     torch.manual_seed(0)

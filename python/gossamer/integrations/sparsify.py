@@ -209,7 +209,8 @@ def sparsify(
 
     Each layer keeps its best blocks with their values, and its bias; the parameter ``weight`` becomes ``values``, so
     create the optimizer afterwards. :meth:`gossamer.nn.BlockSparseLinear.to_linear` converts back to a dense layer with
-    zeros for missing blocks, and :func:`gossamer.restore` does so for the whole model.
+    zeros for missing blocks, and :func:`gossamer.restore` does so for the whole model. A layer whose blocks would hold
+    more values than its weight, because they reach over its edges, stays dense and is listed in the report.
 
     Args:
         model: any module; it is changed in place, unless an error is raised.
@@ -262,6 +263,11 @@ def sparsify(
         blocks, places = int(mask.sum()), mask.numel()
         if distribution == "erk" and blocks == places:
             skipped.append(SkippedModule(name, "Linear", "its share of the budget is all of it"))
+            continue
+        stored, dense = blocks * math.prod(block), module.weight.numel()
+        if stored > dense:
+            reason = f"its blocks would hold {stored:,} values, more than its {dense:,}"
+            skipped.append(SkippedModule(name, "Linear", reason))
             continue
         layer = BlockSparseLinear.from_linear(module, density, block, mask)
         layer.requires_grad_(module.weight.requires_grad)
