@@ -208,8 +208,22 @@ def test_score_is_a_deprecated_way_to_probabilities():
         assert routing.dispatched().score == "sigmoid"
     given = Routing(ids, weights, E, probabilities=scores)
     assert given.dispatched().probabilities is scores and given.logits is None
-    with pytest.raises(ValueError, match="routing must have logits for a balance loss"):
+    with pytest.raises(ValueError, match="router_z_loss needs the router's logits, which this routing does not have"):
         gossamer.nn.router_z_loss(given)
+
+
+def test_losses_say_what_a_routing_lacks():
+    """A tree has probabilities but no logits; given ids have neither."""
+    tree = gossamer.nn.TreeRouter(8, 4, 2, 1.0)(torch.randn(5, 8))
+    assert gossamer.nn.load_balance_loss(tree).isfinite()
+    with pytest.raises(
+        ValueError, match=r"^router_z_loss needs the router's logits, .* only routers that choose by logits"
+    ):
+        gossamer.nn.router_z_loss(tree)
+    given = Routing(torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), 4)
+    for loss in (gossamer.nn.load_balance_loss, gossamer.nn.importance_loss, gossamer.nn.routing_entropy_loss):
+        with pytest.raises(ValueError, match=f"^{loss.__name__} needs the router's probabilities, which this routing"):
+            loss(given)
 
 
 def test_a_linear_router_by_its_former_name():

@@ -53,7 +53,7 @@ def load_balance_loss(
         TypeError: ``routing`` is something else, or ``group`` is not a process group.
         ValueError: no routing, one without logits, different numbers of experts, or a mask of another size or device.
     """
-    totals = totals_of(routing, mask, group)
+    totals = totals_of(routing, mask, group, "load_balance_loss")
     return totals.counts.numel() * (totals.fractions * totals.mean).sum()
 
 
@@ -73,7 +73,7 @@ def slot_balance_loss(
         mask: tokens that count.
         group: of data-parallel ranks.
     """
-    totals = totals_of(routing, mask, group)
+    totals = totals_of(routing, mask, group, "slot_balance_loss")
     shares = totals.counts.to(totals.mean.dtype) / totals.counts.sum().clamp(min=1)
     return totals.counts.numel() * (shares * totals.mean).sum()
 
@@ -93,7 +93,7 @@ def switch_balance_loss(
         mask: tokens that count.
         group: of data-parallel ranks.
     """
-    totals = totals_of(routing, mask, group, first=True)
+    totals = totals_of(routing, mask, group, "switch_balance_loss", first=True)
     return totals.counts.numel() * (totals.fractions * totals.mean).sum()
 
 
@@ -110,7 +110,7 @@ def gshard_balance_loss(
         mask: tokens that count.
         group: of data-parallel ranks.
     """
-    totals = totals_of(routing, mask, group, first=True)
+    totals = totals_of(routing, mask, group, "gshard_balance_loss", first=True)
     return (totals.fractions * totals.mean).mean()
 
 
@@ -134,7 +134,7 @@ def importance_loss(
         mask: tokens that count.
         group: of data-parallel ranks.
     """
-    return _squared_variation(totals_of(routing, mask, group).probabilities)
+    return _squared_variation(totals_of(routing, mask, group, "importance_loss").probabilities)
 
 
 def load_loss(
@@ -223,7 +223,7 @@ def sequence_balance_loss(
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing must be a Routing, got {type(routing).__name__}")
-    (routing,) = layers_of(routing)
+    (routing,) = layers_of(routing, "sequence_balance_loss")
     if not isinstance(batch_size, (int, torch.SymInt)) or isinstance(batch_size, bool):
         raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
     num_tokens, num_experts, top_k = routing.num_tokens, routing.num_experts, routing.top_k

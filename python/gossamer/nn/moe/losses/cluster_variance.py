@@ -61,7 +61,7 @@ def cluster_variance_loss(
         raise ValueError(f"form must be one of {CLUSTER_FORMS}, got {form!r}")
     check_number("variance_weight", variance_weight, finite=True)
     check_flag("mean", mean)
-    totals = totals_of(routing, mask, group, first=True)
+    totals = totals_of(routing, mask, group, "cluster_variance_loss", first=True)
     num_experts = totals.counts.numel()
     if num_experts % num_clusters:
         raise ValueError(

@@ -37,7 +37,7 @@ def router_z_loss(
         ValueError: no routing, one without logits, different numbers of experts, or a mask of another size or device.
     """
     total, rows = 0, 0
-    for layer in layers_of(routing, logits=True):
+    for layer in layers_of(routing, "router_z_loss", logits=True):
         kept = kept_tokens(mask, layer.expert_ids)
         ignored = (layer.logits == -math.inf).all(dim=-1)
         if kept is not None:
@@ -75,7 +75,7 @@ def routing_entropy_loss(
             device.
     """
     total, rows = 0, 0
-    for layer in layers_of(routing):
+    for layer in layers_of(routing, "routing_entropy_loss"):
         kept = kept_tokens(mask, layer.expert_ids)
         entropy = token_entropy(layer.probabilities)
         if kept is not None:

@@ -24,14 +24,22 @@ def listed(routing: Routing | Sequence[Routing]) -> list[Routing]:
     return layers
 
 
-def layers_of(routing: Routing | Sequence[Routing], *, logits: bool = False) -> list[Routing]:
-    """One routing or several as a list, all with probabilities, or with logits, and the same E."""
+def layers_of(routing: Routing | Sequence[Routing], loss: str, *, logits: bool = False) -> list[Routing]:
+    """One routing or several as a list, all with probabilities, or with logits, and the same E; for that ``loss``."""
     layers = listed(routing)
     if not layers:
         raise ValueError("routing must hold at least one Routing, got none")
     for layer in layers:
-        if layer.logits is None if logits else not layer.has_probabilities:
-            raise ValueError("routing must have logits for a balance loss, got a routing by given ids")
+        if logits and layer.logits is None:
+            raise ValueError(
+                f"{loss} needs the router's logits, which this routing does not have: only routers that choose by "
+                "logits give them"
+            )
+        if not logits and not layer.has_probabilities:
+            raise ValueError(
+                f"{loss} needs the router's probabilities, which this routing does not have: routers that choose by "
+                "given ids have none"
+            )
         if layer.logits is not None:
             _check_logits(layer)
         if logits and isinstance(layer._probabilities, torch.Tensor):
@@ -136,12 +144,16 @@ def totals_of(
     routing: Routing | Sequence[Routing],
     mask: torch.Tensor | None,
     group: dist.ProcessGroup | None,
+    loss: str,
     *,
     first: bool = False,
 ) -> Totals:
-    """The totals of one routing or several, checked; with ``first``, each token counts for its first choice only."""
+    """The totals of one routing or several, checked for that ``loss``.
+
+    With ``first``, each token counts for its first choice only.
+    """
     counts, totals, rows = 0, 0, 0
-    for layer in layers_of(routing):
+    for layer in layers_of(routing, loss):
         kept = kept_tokens(mask, layer.expert_ids)
         probabilities = layer.probabilities
         if kept is not None:
