@@ -636,3 +636,12 @@ def test_sparse_tensors(name):
     """Are refused where numbers are read from them."""
     with pytest.raises(TypeError, match=rf"{name} must have the layout torch\.strided, got torch\.sparse_coo"):
         SPARSE[name]()
+
+
+def test_an_integer_of_numpy_is_named_with_its_module():
+    """Its bare name, int64, would read as an int."""
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(TypeError, match=r"^hidden_size must be an int, got numpy\.int64 32$"):
+        nn.MoE(numpy.int64(32), 16, 4, 2)
+    with pytest.raises(TypeError, match=r"^hidden_size must be an int, got float$"):
+        nn.MoE(32.0, 16, 4, 2)

@@ -24,6 +24,12 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def typed(value: object) -> str:
+    """The name of a value's type; for types that are not built in with their module, and with the value."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__} {value}"
+
+
 def check_positive(**sizes: int) -> None:
     """Every size given must be an int of at least 1."""
     _check_sizes(1, sizes)
@@ -37,7 +43,7 @@ def check_sizes(**sizes: int) -> None:
 def _check_sizes(least: int, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+            raise TypeError(f"{name} must be an int, got {typed(size)}")
         if size < least:
             raise ValueError(f"{name} must be at least {least}, got {size}")
         if type(size) is int and size > MAX_SIZE:
