@@ -299,6 +299,17 @@ def check_float_dtype(name: str, dtype: torch.dtype, device: torch.device, backe
     raise TypeError(f"{name} must be float32, float16, bfloat16{extra}, got {dtype} on {device}")
 
 
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Every value of ``tensor`` must be finite."""
+    # The extremes of a tensor with a NaN are NaN, and need no mask as large as the tensor.
+    if tensor.is_meta or not tensor.numel() or torch.compiler.is_compiling():
+        return
+    if all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
+        return
+    wrong = tensor.numel() - int(tensor.isfinite().sum())
+    raise ValueError(f"{name} must hold finite values, got {wrong:,} of {tensor.numel():,} that are NaN or infinite")
+
+
 def check_index(name: str, tensor: torch.Tensor) -> None:
     """``tensor`` must be a dense tensor of int32 or int64."""
     check_tensor(name, tensor)

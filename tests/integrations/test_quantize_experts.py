@@ -302,6 +302,24 @@ def test_checkpoints_that_are_not_read(change, message):
     assert {module.format for module in report.modules} == {"int4"}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_what_is_not_finite_is_refused_before_anything_changes(value):
+    model = torch.nn.Sequential(gossamer.nn.MoE(64, 32, 4, 2), torch.nn.Linear(64, 64))
+    down = model[0].experts.down_proj
+    with torch.no_grad():
+        down[1, :2, 3] = value
+    message = rf"^0\.experts\.down_proj must hold finite values, got 2 of {down.numel():,} that are NaN or infinite$"
+    with pytest.raises(ValueError, match=message):
+        gossamer.quantize_experts(model, "int8", include_linears=True)
+    assert model[0].experts.down_proj is down and type(model[1]) is torch.nn.Linear
+    with torch.no_grad():
+        down[1, :2, 3] = 0.0
+        model[1].weight[0, 0] = value
+    with pytest.raises(ValueError, match=r"^1\.weight must hold finite values, got 1 of 4,096 that"):
+        gossamer.quantize_experts(model, "int8", include_linears=True)
+    assert isinstance(model[0].experts.gate_up_proj, torch.nn.Parameter)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="format must be one of"):
         gossamer.quantize_experts(qwen(), "fp4")
@@ -313,6 +331,12 @@ def test_errors():
     state = {k: v.clone() for k, v in moe.state_dict().items()}
     with pytest.raises(ValueError, match=r"experts \(Experts\): gate_up_proj has 48 input columns, no multiple of 32"):
         gossamer.quantize_experts(moe, "mxfp4")
+    with pytest.raises(ValueError, match=r"no multiple of 32; formats that take them: fp8, fp8_block, int8$"):
+        gossamer.quantize_experts(moe, "int4")
+    with pytest.raises(
+        ValueError, match=r"64 input columns, no multiple of 128; formats .*: int4 with group_size 32, int4"
+    ):
+        gossamer.quantize_experts(gossamer.nn.MoE(64, 128, 4, 2), "int4", group_size=128)
     report = gossamer.quantize_experts(moe, "mxfp4", strict=False)
     assert not report.modules and "left alone" in str(report)
     assert all(torch.equal(v, state[k]) for k, v in moe.state_dict().items())

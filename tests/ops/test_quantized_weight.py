@@ -1,6 +1,7 @@
 """Frozen weights in few bits: their values against bitsandbytes and against hand-made ones, and what decodes them."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -118,6 +119,14 @@ def test_nan_of_fp8(device):
     [
         (lambda: gossamer.NF4Weight.quantize(torch.ones(3)), ValueError, "weight must have shape"),
         (lambda: gossamer.NF4Weight.quantize(torch.ones(0, 3)), ValueError, "at least one element"),
+        *(
+            (
+                lambda kind=kind: kind.quantize(torch.tensor([[1.0, math.nan, math.inf]])),
+                ValueError,
+                "got 2 of 3 that are",
+            )
+            for kind in (gossamer.NF4Weight, gossamer.Int8Weight, gossamer.Float8Weight)
+        ),
         (
             lambda: gossamer.NF4Weight(torch.ones(3), torch.ones(1), (2, 3), torch.ones(16)),
             ValueError,

@@ -9,11 +9,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from gossamer._checks import FLOAT_DTYPES, check_device, check_tensor
+from gossamer._checks import FLOAT_DTYPES, check_device, check_finite, check_tensor
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Quantization, QuantizedModule
 from gossamer.nn import QuantizedExpertStack, QuantizedLinear, Router
 from gossamer.ops.quantized_expert_weight import (
+    FORMATS,
+    INT4_GROUPS,
     MX_GROUP,
     QuantizedExpertWeight,
     check_activations,
@@ -74,15 +76,24 @@ def _width(weight_format: str, group_size: int) -> int:
     return {"int4": group_size, "mxfp4": MX_GROUP}.get(weight_format, 1)
 
 
+def _width_obstacle(columns: int, weight_format: str, group_size: int) -> str | None:
+    """Why so many input columns have no codes of this format, with the formats that take them; or None."""
+    width = _width(weight_format, group_size)
+    if columns % width == 0:
+        return None
+    fitting = [f"int4 with group_size {group}" for group in INT4_GROUPS if columns % group == 0]
+    fitting += [name for name in FORMATS if name != "int4" and columns % _width(name, group_size) == 0]
+    return f"{columns} input columns, no multiple of {width}; formats that take them: {', '.join(fitting)}"
+
+
 def _linear_obstacle(module: nn.Linear, uses: Counter, weight_format: str, group_size: int) -> str | None:
     """Why a linear layer is left unchanged, or None."""
     if uses[id(module.weight)] > 1:
         return "its weight is another module's too"
     if module.weight.dtype not in (*FLOAT_DTYPES, torch.float64):
         return "weight is not a floating-point tensor"
-    if module.in_features % _width(weight_format, group_size):
-        return f"it has {module.in_features} input columns, no multiple of {_width(weight_format, group_size)}"
-    return None
+    reason = _width_obstacle(module.in_features, weight_format, group_size)
+    return None if reason is None else f"it has {reason}"
 
 
 def _weights(experts: nn.Module) -> tuple[tuple[str, ...], bool]:
@@ -147,9 +158,8 @@ def _obstacle(module: nn.Module, weight_format: str, group_size: int) -> str | N
         if surgery.is_divided(held):
             return f"{name} is divided among processes; quantise it before it is divided"
         c = held.shape[1] if transposed else held.shape[2]
-        width = _width(weight_format, group_size)
-        if c % width:
-            return f"{name} has {c} input columns, no multiple of {width}"
+        if reason := _width_obstacle(c, weight_format, group_size):
+            return f"{name} has {reason}"
     return None
 
 
@@ -194,7 +204,8 @@ def quantize_experts(
     Raises:
         TypeError: ``model`` is not a module, or ``include_linears`` neither a bool nor a function.
         ValueError: the format or group size is unknown, the format is none for ``activations``, nothing to quantise is
-            inside, or, under ``strict``, an experts module's weights do not fit the format or are quantised already.
+            inside, a weight holds NaN or infinity (then nothing is changed), or, under ``strict``, an experts module's
+            weights do not fit the format or are quantised already.
     """
     check_format(format)
     check_activations(activations, format)
@@ -210,6 +221,11 @@ def quantize_experts(
     )
     if found.skipped and strict:
         raise ValueError("model has experts that cannot be quantised: " + surgery.reasons(found.skipped))
+    for name, module in linears.chosen:
+        check_finite(f"{name}.weight" if name else "weight", module.weight.detach())
+    for name, module in found.chosen:
+        for weight_name in _weights(module)[0]:
+            check_finite(f"{name}.{weight_name}" if name else weight_name, getattr(module, weight_name).detach())
     # This comes before the first matrix is dropped, so that a model that gossamer cannot compute stays intact.
     if found.chosen:
         compute_by_gossamer(model)

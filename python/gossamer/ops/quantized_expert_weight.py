@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gossamer._checks import check_float, check_positive, check_shape, check_strided, check_tensor
+from gossamer._checks import check_finite, check_float, check_positive, check_shape, check_strided, check_tensor
 from gossamer._panels import PANELS, ROWS, arranged, check_layout, fits_panels
 from gossamer.ops._weights import (
     ACTIVATIONS,
@@ -205,8 +205,7 @@ class QuantizedExpertWeight:
 
         ``fp8`` and ``fp8_block`` divide by ``absmax / 448``, ``int8`` by ``absmax / 127``, ``int4`` by ``absmax / 7``
         rounded to bfloat16; ``mxfp4`` uses the smallest power of two with ``absmax`` at most 6 times it. Values are
-        rounded to the nearest code, ties to even. A value that is not finite makes all values that share its scale
-        non-finite. Experts are processed one at a time.
+        rounded to the nearest code, ties to even. Experts are processed one at a time.
 
         Args:
             weight: float; of any strides.
@@ -216,8 +215,8 @@ class QuantizedExpertWeight:
 
         Raises:
             TypeError: ``weight`` is not a float tensor.
-            ValueError: the format is unknown or not one for ``activations``, ``weight`` has another rank or no element,
-                or groups do not fit C.
+            ValueError: the format is unknown or not one for ``activations``, ``weight`` has another rank, no
+                element or values that are not finite, or groups do not fit C.
         """
         check_format(format)
         check_activations(activations, format)
@@ -234,6 +233,7 @@ class QuantizedExpertWeight:
                 raise ValueError(f"group_size must be one of {sizes} for {format}, got {group_size}")
             if c % group_size:
                 raise ValueError(f"C must be a multiple of group_size for {format}, got C={c}, group_size={group_size}")
+        check_finite("weight", weight.detach())
         data = scale = None
         for i, expert in enumerate(weight.detach()):
             one_data, one_scale = _QUANTIZERS[format](expert.float(), group_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer._checks import check_float, check_positive, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_finite, check_float, check_positive, check_same_device, check_shape, check_tensor
 from gossamer.ops._weights import Blocks, Weight
 
 FP8 = torch.float8_e4m3fn
@@ -280,6 +280,7 @@ def _check_weight(weight: torch.Tensor) -> None:
         raise TypeError(f"weight must have the layout torch.strided, got {weight.layout}")
     if weight.numel() == 0:
         raise ValueError(f"weight must have at least one element, got {tuple(weight.shape)}")
+    check_finite("weight", weight.detach())
 
 
 def _scaled(values: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
