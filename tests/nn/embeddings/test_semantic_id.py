@@ -7,7 +7,7 @@ import torch
 from contracts import TrainedTableContract, assert_near
 
 from gossamer.nn import ResidualQuantizer, SemanticIdEmbedding, balanced_kmeans, unique_codes
-from gossamer.nn.embeddings.residual_quantizer import kmeans
+from gossamer.nn.embeddings.residual_quantizer import kmeans, nearest
 
 
 def codes(n):
@@ -122,6 +122,28 @@ def test_balanced_sizes(n, k):
     if n % k == 0:
         share = fitted[:, 0].bincount(minlength=k) / n
         assert -(share * share.log()).sum().item() == pytest.approx(math.log(k))
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 5), (1001, 300)])
+def test_nearest_words(n, k, dim):
+    """Of equally near words the first, whether they are sought among numbers or vectors, of an even number or not."""
+    generator = torch.Generator().manual_seed(n)
+    x, words = (torch.randint(-3, 4, (rows, dim), generator=generator).float() for rows in (n, k))
+    assert torch.equal(nearest(x, words), (x.unsqueeze(1) - words).double().square().sum(-1).argmin(-1))
+
+
+def test_many_codes_are_drawn_in_rounds():
+    """Where fewer vectors differ than there are codes, each has one; else the codes are the vectors of the clusters."""
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    x[::2] = 0
+    words, chosen = kmeans(x, 300)
+    assert torch.equal(words[chosen], x) and len(words.unique(dim=0)) == 251
+    again = kmeans(x, 300)
+    assert torch.equal(again[0], words) and torch.equal(again[1], chosen)
+    centres = 100 * torch.arange(200.0).unsqueeze(1).expand(-1, 2)
+    words, chosen = kmeans(centres.repeat(10, 1), 200)
+    assert torch.equal(words.sort(0).values, centres)
 
 
 def test_last_code_tells_items_apart():

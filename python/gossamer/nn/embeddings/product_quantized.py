@@ -11,7 +11,7 @@ from gossamer import _backend
 from gossamer._checks import check_index, check_number, check_positive, check_seed
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
 from gossamer.nn.embeddings.fused_step import FusedTable
-from gossamer.nn.embeddings.residual_quantizer import kmeans
+from gossamer.nn.embeddings.residual_quantizer import kmeans, sampled
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.ops.embedding import graft, with_loss
 from gossamer.ops.product_key_topk import product_key_search
@@ -308,6 +308,8 @@ class ProductQuantizedEmbedding(FusedTable):
     ) -> ProductQuantizedEmbedding:
         """The table for a budget, with trained weights ``(N, D)`` as queries and codewords from k-means.
 
+        k-means uses at most 256 rows per codeword, and 50,000.
+
         Args:
             weight: ``(N, D)``.
             nbytes: the budget.
@@ -324,7 +326,7 @@ class ProductQuantizedEmbedding(FusedTable):
         with torch.no_grad():
             made.weight.copy_(weight)
             pieces = made._pieces(weight.float())
-            sample = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[: 256 * made.num_codes]
+            sample = sampled(len(pieces), made.num_codes, 256, seed)
             for part in range(made.num_parts):
                 points = pieces[sample.to(pieces.device), part]
                 made.codewords[part] = kmeans(points, made.num_codes, steps=steps, seed=seed)[0].to(weight.dtype)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from gossamer import _backend
 from gossamer._checks import (
     check_flag,
     check_floating,
@@ -20,9 +21,12 @@ from gossamer._checks import (
     check_seed,
     check_shape,
 )
+from gossamer.ops.product_key_topk import product_key_search
 
 # Distances held at a time.
-_DISTANCES = 1 << 22
+_DISTANCES = 1 << 18
+# First vectors that k-means++ draws one by one, the most of a round after them, and the most of a table in k-means.
+_SINGLY, _ROUND, _SAMPLE = 64, 512, 50_000
 
 
 class ResidualQuantization(NamedTuple):
@@ -173,12 +177,52 @@ class ResidualQuantizer(nn.Module):
 
 def nearest(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """The nearest of ``words (K, d)`` to each of ``x (..., d)``, among equal ones the first."""
-    lengths = words.square().sum(-1)
-    # ‖x‖² is the same for all words.
-    size = max(1, _DISTANCES // len(words))
     flat = x.reshape(-1, x.shape[-1])
+    if x.shape[-1] == 1 and not torch.compiler.is_compiling():
+        return _nearest_number(flat[:, 0], words[:, 0]).view(x.shape[:-1])
+    if _searches(flat, words):
+        try:
+            return _searched(flat, words).view(x.shape[:-1])
+        except ValueError:
+            pass  # a score is not finite
+    # ‖x‖² is the same for all words.
+    lengths = words.square().sum(-1)
+    size = max(1, _DISTANCES // len(words))
     parts = [flat] if torch.compiler.is_compiling() or len(flat) <= size else flat.split(size)
-    return torch.cat([(lengths - 2 * (part @ words.T)).argmin(-1) for part in parts]).view(x.shape[:-1])
+    return torch.cat([torch.addmm(lengths, part, words.T, alpha=-2).argmin(-1) for part in parts]).view(x.shape[:-1])
+
+
+def _nearest_number(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """:func:`nearest` of numbers ``(n,)`` among ``(K,)``, between two neighbours of the sorted words."""
+    ascending, order = words.sort(stable=True)
+    above = torch.searchsorted(ascending, x.contiguous()).clamp(max=len(words) - 1)
+    # Of equal words the search finds the first.
+    below = torch.searchsorted(ascending, ascending[(above - 1).clamp(min=0)])
+    to_above, to_below = (ascending[above] - x).abs(), (x - ascending[below]).abs()
+    above, below = order[above], order[below]
+    return torch.where(
+        to_above == to_below, torch.minimum(above, below), torch.where(to_above < to_below, above, below)
+    )
+
+
+def _searches(x: torch.Tensor, words: torch.Tensor) -> bool:
+    """Whether a native kernel searches for the nearest words."""
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or words.dtype != x.dtype or not x.numel():
+        return False
+    return _backend.resolve("product_key_topk", x) == "native" and not x.is_meta
+
+
+@torch.no_grad()
+def _searched(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """:func:`nearest` of ``x (n, d)`` by a search for the best of two halves of the vectors, which stores no scores."""
+    # ⟨x, w⟩ − ‖w‖²/2, as products of one more column.
+    keys = torch.cat([words, words.square().sum(-1, keepdim=True) / -2], 1)
+    queries = torch.nn.functional.pad(x, (0, 1), value=1.0)
+    half = (len(x) + 1) // 2
+    pairs = torch.cat([queries[:half], queries[len(x) - half :]], 1)
+    found = product_key_search(pairs, keys.expand(1, 2, -1, -1).contiguous(), 1)[1].squeeze(1)
+    first, second = found // len(words), found % len(words)
+    return torch.cat([first, second[2 * half - len(x) :]])
 
 
 def _check_clusters(x: torch.Tensor, num_codes: int, steps: int, seed: int) -> None:
@@ -197,20 +241,46 @@ def _check_clusters(x: torch.Tensor, num_codes: int, steps: int, seed: int) -> N
 
 
 def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Draw ``count`` vectors with probabilities proportional to their squared distance to those drawn before."""
+    """Draw ``count`` vectors with probabilities proportional to their squared distance to those drawn before.
+
+    The first are drawn one by one. Then a round draws several at once and keeps each with the probability that those
+    kept before it in the round leave it, by rejection; a round passes over all vectors once.
+    """
     words = x.new_empty(count, x.shape[1])  # before the draws: more than the memory holds are refused at once
     generator = torch.Generator().manual_seed(seed)
-    first = int(torch.randint(len(x), (1,), generator=generator))
-    chosen, distance = [first], (x - x[first]).square().sum(-1)
-    for _ in range(1, count):
+    chosen = torch.randint(len(x), (1,), generator=generator)
+    distance = (x - x[int(chosen)]).square().sum(-1)
+    while len(chosen) < count:
         weights = distance.double().cpu()
         if float(weights.sum()) > 0:
-            pick = int(torch.multinomial(weights, 1, generator=generator))
+            draws = 1 if len(chosen) < _SINGLY else min(len(chosen) // 4, _ROUND, count - len(chosen))
+            picks = torch.multinomial(weights, draws, replacement=draws > 1, generator=generator)
+            if draws > 1:
+                picks = picks[_kept(x[picks.to(x.device)].double().cpu(), weights[picks], generator)]
         else:
-            pick = int(torch.randint(len(x), (1,), generator=generator))
-        chosen.append(pick)
-        distance = torch.minimum(distance, (x - x[pick]).square().sum(-1))
-    return words.copy_(x[chosen])
+            picks = torch.randint(len(x), (1,), generator=generator)
+        chosen = torch.cat([chosen, picks])
+        drawn = x[picks.to(x.device)]
+        near = drawn if len(picks) == 1 else drawn[nearest(x, drawn)]
+        distance = torch.minimum(distance, (x - near).square().sum(-1))
+    return words.copy_(x[chosen.to(x.device)])
+
+
+def _kept(drawn: torch.Tensor, weights: torch.Tensor, generator: torch.Generator) -> list[int]:
+    """The places of the vectors ``(m, d)`` of a round that stay, given their squared distances before it."""
+    between = torch.cdist(drawn, drawn, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    bounds = (torch.rand(len(drawn), dtype=torch.float64, generator=generator) * weights).tolist()
+    kept, left = [], weights
+    for place, bound in enumerate(bounds):
+        if bound < float(left[place]):
+            kept.append(place)
+            left = torch.minimum(left, between[place])
+    return kept
+
+
+def sampled(count: int, num_codes: int, rows: int, seed: int) -> torch.Tensor:
+    """The numbers of the vectors, of ``count``, that k-means is fitted to: at most ``rows`` per code and 50,000."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: min(rows * num_codes, _SAMPLE)]
 
 
 def _means(x: torch.Tensor, chosen: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from gossamer._checks import check_flag, check_has_numbers, check_index, check_positive, check_seed, check_shape
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, coded_nbytes
-from gossamer.nn.embeddings.residual_quantizer import ResidualQuantizer
+from gossamer.nn.embeddings.residual_quantizer import ResidualQuantizer, sampled
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 
 # The published number of levels, and the most levels and codes within a budget: k-means compares each row with all
@@ -111,7 +111,7 @@ class SemanticIdEmbedding(CodedRowsTable):
 
         The vector of an id starts as the sum of its codewords, close to its row. The number of levels is the nearest to
         the published three with which at most 4096 codes a level fill the budget. k-means uses at most 64 rows per
-        codeword.
+        codeword, and 50,000.
 
         Args:
             weight: ``(N, D)``.
@@ -133,7 +133,7 @@ class SemanticIdEmbedding(CodedRowsTable):
         levels, count = cls._levels_within(weight.shape, nbytes, options)
         rows = weight.detach().float()
         quantizer = ResidualQuantizer(rows.shape[1], levels, count, device=rows.device)
-        sample = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: 64 * count]
+        sample = sampled(len(rows), count, 64, seed)
         quantizer.fit(rows[sample.to(rows.device)], steps=steps, seed=seed)
         codes = torch.cat([quantizer.encode(part) for part in rows.split(1 << 16)])
         rest = {name: value for name, value in options.items() if name not in ("num_codes", "num_levels", "prefixes")}
