@@ -19,6 +19,8 @@ from gossamer.testing import MAX_EPS, MAX_FACTOR, RMS_EPS, RMS_FACTOR, errors
 # Number of draws of the baseline's error: a single draw of a few rounding errors says little.
 DRAWS = 8
 TIMING_BUDGET = 3.0
+# Noted on an error of the original, which is no finding about the replacement.
+ORIGINAL_FAILED = "The original itself failed with these inputs and settings"
 
 RESULT, INPUT_GRADIENT, PARAMETER_GRADIENT = "result", "input gradient", "parameter gradient"
 
@@ -358,7 +360,11 @@ def check(
     device = next((t.device for _, t in (*tensors(inputs), *module.named_parameters())), torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         progress("running the original")
-        baseline = _run(module, call)
+        try:
+            baseline = _run(module, call)
+        except Exception as error:
+            error.add_note(ORIGINAL_FAILED)
+            raise
         repeated = _same_bits(baseline, _run(module, call))
         progress("running the original in float64")
         wide = _in_float64(module)

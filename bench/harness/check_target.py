@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +107,43 @@ def settings(given: Sequence[str]) -> dict[str, object]:
     return found
 
 
+# Settings that every config takes although no attribute or parameter has their name.
+_ANY_CONFIG = ("attn_implementation", "experts_implementation", "rope_theta", "rope_scaling", "torch_dtype")
+
+
+def _reads(config_class: type, key: str) -> bool:
+    """Whether the model's source reads the setting, as ``getattr(config, "head_dim", None)`` does."""
+    try:
+        source = inspect.getsource(
+            importlib.import_module(config_class.__module__.replace(".configuration", ".modeling"))
+        )
+    except (ImportError, OSError):
+        return False
+    return re.search(rf"""config\.{re.escape(key)}\b|["']{re.escape(key)}["']""", source) is not None
+
+
+def _check_settings(config_class: type, values: Mapping[str, object]) -> None:
+    """Every setting must be one that the config class has or its model reads: most take any name without a word."""
+    known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map, *_ANY_CONFIG}
+    known.update(vars(config_class()), config_class.sub_configs)
+    for key in values:
+        if key in known or _reads(config_class, key):
+            continue
+        close = difflib.get_close_matches(key, sorted(known))
+        like = f"; close names: {', '.join(close)}" if close else ""
+        raise ValueError(f"--set {key}: {config_class.__name__} has no such setting{like}")
+
+
+def _check_experts(config: object) -> None:
+    """A token cannot choose more experts than there are."""
+    config = config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    given = next((n for n in names if isinstance(getattr(config, n, None), int)), None)
+    if isinstance(chosen, int) and given is not None and 0 < getattr(config, given) < chosen:
+        raise ValueError(f"num_experts_per_tok ({chosen}) is larger than {given} ({getattr(config, given)})")
+
+
 def _builder(name: str, values: Mapping[str, object]) -> Callable[[], torch.nn.Module]:
     try:
         import transformers
@@ -117,14 +156,18 @@ def _builder(name: str, values: Mapping[str, object]) -> Callable[[], torch.nn.M
         found = transformers.CONFIG_MAPPING[name]
     try:
         if inspect.isclass(found) and issubclass(found, transformers.PretrainedConfig):
+            _check_settings(found, values)
             config = found(**values)
+            _check_experts(config)
             kinds = (transformers.AutoModelForCausalLM, transformers.AutoModel)
             kind = next((k for k in kinds if type(config) in k._model_mapping), None)
             if kind is None:
                 raise ValueError(f"MODULE {name!r}: transformers has no model for {type(config).__name__}")
             return lambda: kind.from_config(config)
         if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel) and found.config_class:
+            _check_settings(found.config_class, values)
             config = found.config_class(**values)
+            _check_experts(config)
             return lambda: found(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"MODULE {name!r}: {error}") from error
@@ -165,9 +208,13 @@ def load_hugging_face(
             )
         torch.manual_seed(0)
         return build().to(device=device, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"MODULE {name!r}: {error}") from error
     except Exception as error:
         # An inconsistent config can raise any exception while the model is built.
-        raise ValueError(f"MODULE {name!r}: {error}") from error
+        raise ValueError(
+            f"MODULE {name!r}: the original model cannot be built with these settings: {type(error).__name__}: {error}"
+        ) from error
 
 
 def parse_input(text: str, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:

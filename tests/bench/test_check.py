@@ -339,6 +339,24 @@ def test_a_hugging_face_name_is_built_small(user, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["mixtral", "--set", "num_expert=4"],
+            "--set num_expert: MixtralConfig has no such setting; close names: num_exp",
+        ),
+        (["MixtralForCausalLM", "--set", "nope=1"], "--set nope: MixtralConfig has no such setting"),
+        (["qwen3_moe", "--set", "num_experts=4"], "num_experts_per_tok (8) is larger than num_experts (4)"),
+        (["mixtral", "--set", "num_attention_heads=0"], "the original model cannot be built with these settings: "),
+    ],
+)
+def test_settings_that_a_config_does_not_have_are_refused(user, arguments, message):
+    pytest.importorskip("transformers", minversion="5")
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["nowhere:Layer", "--input", "1"], "MODULE nowhere:Layer: importing nowhere raised ModuleNotFoundError"),
         (["userlayers:Nothing", "--input", "1"], "MODULE userlayers:Nothing: userlayers has no attribute 'Nothing'"),
         (["userlayers:number", "--input", "1"], "MODULE userlayers:number must be a torch.nn.Module or build one"),
@@ -352,7 +370,10 @@ def test_a_hugging_face_name_is_built_small(user, monkeypatch):
         ([*LAYER, "--replacement", "userlayers:other_weights"], "does not take the original's weights"),
         ([*LAYER, "--json", "no/folder.json"], "--json"),
         ([*LAYER], "ValueError: model must hold experts modules"),
-        (["userlayers:Scaled", "--input", "3,7", "--replacement", "userlayers:right"], "RuntimeError: "),
+        (
+            ["userlayers:Scaled", "--input", "3,7", "--replacement", "userlayers:right"],
+            "The original itself failed with these inputs and settings: RuntimeError: ",
+        ),
         *([] if torch.cuda.is_available() else [([*LAYER, "--device", "cuda"], "--device cuda: torch finds no CUDA")]),
     ],
 )

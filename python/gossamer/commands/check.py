@@ -82,7 +82,8 @@ def check(
             )
     except Exception as error:
         # The user's layers may raise anything, which is an answer and not a fault of this program.
-        _fail(f"{type(error).__name__}: {error}")
+        notes = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+        _fail(f"{notes}{type(error).__name__}: {error}")
     console.print(result, width=min(console.width, 100))
     if json_file is not None:
         json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n")
