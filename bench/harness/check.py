@@ -13,7 +13,8 @@ import torch
 import gossamer
 from gossamer._checks import check_flags, check_seed
 from gossamer.bench.harness.flatten import floats, synchronise, tensors
-from gossamer.bench.harness.profile import check_keywords, medians, module_subject
+from gossamer.bench.harness.profile import check_keywords, module_subject, samples_of
+from gossamer.bench.harness.timing import mean_slowing, quantile
 from gossamer.testing import MAX_EPS, MAX_FACTOR, RMS_EPS, RMS_FACTOR, errors
 
 # Number of draws of the baseline's error: a single draw of a few rounding errors says little.
@@ -55,11 +56,19 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckSpeed:
-    """Median seconds of the two modules in one direction."""
+    """Median seconds of the two modules in one direction.
+
+    Attributes:
+        direction: ``"forward"`` or ``"forward+backward"``.
+        original: seconds of the original.
+        replacement: seconds of the replacement.
+        slowing: share by which medians exceed the shortest samples, as in a benchmark; None with few samples.
+    """
 
     direction: str
     original: float
     replacement: float
+    slowing: float | None = None
 
 
 @dataclass(frozen=True)
@@ -334,8 +343,9 @@ def _speeds(
         for run in runs.values():
             run()
         synchronise(device)
-        found = medians(runs, device, budget)
-        yield CheckSpeed(direction, found["o"], found["r"])
+        found = samples_of(runs, device, budget)
+        original_seconds, seconds = (quantile(found[name], 0.5) for name in ("o", "r"))
+        yield CheckSpeed(direction, original_seconds, seconds, mean_slowing(found.values()))
 
 
 def check(

@@ -12,7 +12,9 @@ import rich.text
 
 from gossamer.bench.harness.check import PARAMETER_GRADIENT, CheckReport, CheckRow
 from gossamer.bench.harness.profile_report import WIDTH
+from gossamer.bench.harness.report import how_busy
 from gossamer.bench.harness.text import digits, named_table
+from gossamer.bench.harness.timing import IDLE
 
 # A model has hundreds of parameters: at most this many correct ones are shown, those with the largest errors first.
 MOST_PARAMETERS = 16
@@ -76,6 +78,9 @@ def render(report: CheckReport) -> Iterator[object]:
             ratio = f"{speed.original / speed.replacement:.2f}x"
             speeds.add_row(speed.direction, digits(1e3 * speed.original), digits(1e3 * speed.replacement), ratio)
         yield speeds
+        busy = max((speed.slowing for speed in report.speed if speed.slowing is not None), default=0.0)
+        if busy > IDLE:
+            yield rich.text.Text(how_busy(busy))
     wrong = sum(not row.ok for row in report.rows)
     yield ""
     if report.ok:

@@ -214,11 +214,18 @@ def _stages(device: torch.device, into: dict[str, dict[str, tuple[float, int]]])
 
 def medians(calls: Mapping[str, Callable[[], object]], device: torch.device, budget: float) -> dict[str, float]:
     """Return median wall-clock seconds of warmed-up calls, host and device together; subjects take turns."""
+    return {name: quantile(found, 0.5) for name, found in samples_of(calls, device, budget).items()}
+
+
+def samples_of(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, budget: float
+) -> dict[str, list[float]]:
+    """Return all samples that :func:`medians` takes."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget
     for turn in itertools.count():
         if turn >= MIN_TURNS and time.perf_counter() > end:
-            return {name: quantile(found, 0.5) for name, found in samples.items()}
+            return samples
         for name, call in calls.items():
             synchronise(device)
             start = time.perf_counter()

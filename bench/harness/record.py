@@ -10,12 +10,11 @@ from gossamer.bench.harness.ceilings import Ceilings
 from gossamer.bench.harness.timing import (
     NEAR_ROUNDS,
     PEAK_MEMORY_METHOD,
-    QUIET_ROUNDS,
     Samples,
+    mean_slowing,
     quantile,
     ratio,
     ratio_interval,
-    slowing,
 )
 
 
@@ -140,13 +139,8 @@ class Results:
 
     @property
     def slowing(self) -> float | None:
-        """The mean of :func:`gossamer.bench.harness.timing.slowing` over the calls timed: how busy the machine was.
-
-        None if no call has enough samples: twice the least number of quiet ones.
-        """
-        rows = [row for result in self.cases for row in result.rows if len(row.seconds) >= 2 * QUIET_ROUNDS]
-        found = [slowing(row.seconds) for row in rows]
-        return sum(found) / len(found) if found else None
+        """:func:`gossamer.bench.harness.timing.mean_slowing` of all calls timed."""
+        return mean_slowing(row.seconds for result in self.cases for row in result.rows)
 
     def as_json(self) -> dict:
         """Everything as plain values."""

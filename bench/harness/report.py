@@ -269,6 +269,14 @@ def print_changes(
     console.print()
 
 
+def how_busy(slowing: float) -> str:
+    """The sentence on how idle the machine was."""
+    found = f"Calls took {100 * slowing:.1f}% longer in the median than in their shortest samples"
+    if slowing <= IDLE:
+        return f"{found}."
+    return f"{found}: the machine was not idle, and other runs may find ratios that differ by more than a tenth."
+
+
 def summary(results: Results) -> str:
     """The last sentence: ours compared with each baseline over all cases, or the failures."""
     if not results.correct:
@@ -291,12 +299,7 @@ def summary(results: Results) -> str:
     cases = f"{len(results.cases)} case{'s' if len(results.cases) > 1 else ''}"
     sentences = [f"Over {cases}, gossamer {' and '.join(parts)}."] if parts else []
     if (busy := results.slowing) is not None:
-        found = f"Calls took {100 * busy:.1f}% longer in the median than in their shortest samples"
-        sentences.append(
-            f"{found}."
-            if busy <= IDLE
-            else f"{found}: the machine was not idle, and other runs may find ratios that differ by more than a tenth."
-        )
+        sentences.append(how_busy(busy))
     if results.interrupted:
         sentences.append("The run was interrupted; these are the cases that had finished.")
     if results.left_out:

@@ -6,7 +6,7 @@ import ctypes
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -391,6 +391,15 @@ def ratio_interval(ours: Samples, theirs: Samples) -> tuple[float, float]:
 def slowing(seconds: list[float]) -> float:
     """Return by what share the median sample exceeds the median of the shortest fifth."""
     return quantile(seconds, 0.5) / quantile(sorted(seconds)[: _quiet_share(len(seconds))], 0.5) - 1
+
+
+def mean_slowing(calls: Iterable[list[float]]) -> float | None:
+    """Return the mean of :func:`slowing` over the samples of calls: how busy the machine was.
+
+    None if no call has enough samples: twice the least number of quiet ones.
+    """
+    found = [slowing(seconds) for seconds in calls if len(seconds) >= 2 * QUIET_ROUNDS]
+    return sum(found) / len(found) if found else None
 
 
 class MeasuredTime:

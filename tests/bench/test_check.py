@@ -86,6 +86,17 @@ def x(device):
     return torch.randn(24, 16, device=device)
 
 
+def test_a_machine_that_is_not_idle_is_named_beside_the_speeds(original, x, monkeypatch):
+    """Two of three samples take twice as long as the shortest, or all take as long."""
+    for slow, noted in ((2.0, True), (1.0, False)):
+        samples = [1e-3, slow * 1e-3, slow * 1e-3] * 10
+        monkeypatch.setattr(checking, "samples_of", lambda runs, *_, found=samples: dict.fromkeys(runs, found))
+        report = gossamer.check(original, converted(Fused), x)
+        assert [speed.slowing for speed in report.speed] == [slow - 1] * 2
+        note = "Calls took 100.0% longer in the median than in their shortest samples: the machine was not idle"
+        assert (note in " ".join(str(report).split())) == noted
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_right_replacement_passes_and_is_timed(device, dtype):
     if device == "cpu" and dtype == torch.bfloat16 and gossamer._backend.native_unavailable():
