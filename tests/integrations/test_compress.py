@@ -247,6 +247,34 @@ def test_bad_arguments_change_nothing(method, budget, arguments, message):
     assert all(type(m) in (nn.Embedding, nn.EmbeddingBag) for m in model.modules() if hasattr(m, "num_embeddings"))
 
 
+def test_unknown_options_are_named():
+    model = Recommender()
+    known = "device, dtype, include_last_offset, mode, optimizer"
+    with pytest.raises(TypeError, match=f"options of method 'hash' must be of {known}, got optimiser"):
+        gossamer.compress_embeddings(model, "hash", 0.1, optimiser=3)
+    with pytest.raises(
+        TypeError, match=r"field_options\['history'\] of method 'semantic_id' must be of codes, .*, got step"
+    ):
+        gossamer.compress_embeddings(model, "semantic_id", 0.5, field_options={"history": {"step": 1}})
+    with pytest.raises(TypeError, match=r"must be of .*, got num_rows"):
+        gossamer.compress_embeddings(model, "double_hash", 0.5, num_rows=5)
+    gossamer.compress_embeddings(model, "semantic_id", 0.5, num_levels=2, steps=1)
+    assert len(model.bags["users"].sizes) == 2
+
+
+@pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how.from_table is not None])
+def test_rows_that_are_not_finite_are_refused(method):
+    """Where rows start the table; by the model's path, and by the table as weight."""
+    model = TwoFields()
+    with torch.no_grad():
+        model.goods.weight[7, 3] = torch.nan
+    with pytest.raises(ValueError, match="the weight of goods must be finite, got NaN or infinity"):
+        gossamer.compress_embeddings(model, method, 0.5)
+    assert type(model.users) is type(model.goods) is nn.EmbeddingBag
+    with pytest.raises(ValueError, match=r"^weight must be finite, got NaN or infinity"):
+        METHODS[method].from_table(model.goods.weight.detach(), nbytes=60_000)
+
+
 def test_a_budget_missed_by_a_hair_names_one_that_is_enough():
     """Not one that rounds to what was given, nor far more."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from gossamer.nn import (
     TableBatchedEmbeddingBags,
     TensorTrainEmbedding,
 )
+from gossamer.nn.embeddings.table import check_finite
 
 ADAPTER = "compress"
 # Unused fraction of the budget at which bisecting the share of each table stops.
@@ -56,6 +58,7 @@ class Method:
         sized: whether ``kind.size_within`` gives the size for a budget. Otherwise the weights decide: every table gets
             the same share of its bytes, or what it needs at least.
         starting: names of options of ``from_table`` that ``kind`` does not have.
+        sizing: names of options that fix a size which the budget sets otherwise, and that ``kind`` does not have.
         note: what a user has to do after the conversion, for the report.
     """
 
@@ -64,7 +67,18 @@ class Method:
     needs: tuple[str, ...] = ()
     sized: bool = True
     starting: tuple[str, ...] = ()
+    sizing: tuple[str, ...] = ()
     note: str = ""
+
+    @functools.cached_property
+    def options(self) -> set[str]:
+        """Names of the options that it takes."""
+        made = [self.kind.__init__, self.kind.from_budget, *([] if self.from_table is None else [self.from_table])]
+        parameters = [p for call in made for p in inspect.signature(call).parameters.values()]
+        taken = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.default is not p.empty} - {"nbytes"}
+        if issubclass(self.kind, FusedTable):
+            taken.add("optimizer")
+        return taken | {"mode", "include_last_offset", "device", "dtype", *self.needs, *self.sizing}
 
 
 METHODS = {
@@ -95,7 +109,9 @@ METHODS = {
         SearchedDimensionEmbedding,
         note="train alpha on validation batches, then gossamer.nn.choose_widths(tables) keeps the widths to serve",
     ),
-    "semantic_id": Method(SemanticIdEmbedding, SemanticIdEmbedding.from_table, starting=("steps", "seed")),
+    "semantic_id": Method(
+        SemanticIdEmbedding, SemanticIdEmbedding.from_table, starting=("steps", "seed"), sizing=("codes", "num_levels")
+    ),
     "tensor_train": Method(TensorTrainEmbedding),
 }
 
@@ -239,10 +255,10 @@ def compress_embeddings(
         Bytes before, in training and when served, by layer and in all; ``print`` it.
 
     Raises:
-        TypeError: ``model`` is not a ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``, or the method has no such option.
         ValueError: the method is unknown or lacks an option; ``budget`` is not in ``(0, 1]``, or is less than the
             method can reach (the message gives the smallest budget); ``frequencies`` do not fit; there is no layer to
-            compress. Nothing is changed then.
+            compress; the method starts from a layer's weight, and it is not finite. Nothing is changed then.
     """
     surgery.check_model(model)
     if not isinstance(method, str) or method not in METHODS:
@@ -268,11 +284,16 @@ def compress_embeddings(
         layers |= {f"{name}.tables.{number}": table for number, table in enumerate(apart.tables)}
     _check_names("frequencies", frequencies, layers)
     _check_names("field_options", field_options, layers)
+    _check_options("options", method, options)
+    for name, own in (field_options or {}).items():
+        _check_options(f"field_options[{name!r}]", method, own)
     fields, left = [], []
     for name, module in layers.items():
         if module.num_embeddings < min_rows:
             left.append((name, module))
             continue
+        if how.from_table is not None:
+            check_finite(f"the weight of {name}", module.weight)
         own = dict(options) | dict((field_options or {}).get(name, {}))
         if "frequencies" in how.needs and name in (frequencies or {}):
             own["frequencies"] = frequencies[name]
@@ -314,6 +335,12 @@ def compress_embeddings(
 def _check_names(argument: str, given: Mapping | None, layers: Mapping[str, nn.Module]) -> None:
     if unknown := set(given or {}) - set(layers):
         raise ValueError(f"{argument} must be of layers {', '.join(layers)}, got {', '.join(sorted(unknown))}")
+
+
+def _check_options(argument: str, method: str, given: Mapping[str, object]) -> None:
+    if unknown := set(given) - METHODS[method].options:
+        known = ", ".join(sorted(METHODS[method].options))
+        raise TypeError(f"{argument} of method {method!r} must be of {known}, got {', '.join(sorted(unknown))}")
 
 
 def _least_budget(least: int, before: int) -> float:

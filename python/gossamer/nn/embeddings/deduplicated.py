@@ -14,7 +14,7 @@ from gossamer._checks import (
     check_tensor,
 )
 from gossamer.nn.embeddings.shared_rows import SharedRowsTable
-from gossamer.nn.embeddings.table import check_budget
+from gossamer.nn.embeddings.table import check_budget, check_finite
 
 
 class DeduplicatedEmbedding(SharedRowsTable):
@@ -100,6 +100,7 @@ class DeduplicatedEmbedding(SharedRowsTable):
         """
         check_tensor("weight", weight)
         check_shape("weight", weight, (None, None), "(N, D)")
+        check_finite("weight", weight)
         check_positive(block_rows=block_rows, bands=bands)
         check_number("share", share, above=0, most=1)
         if tolerance is not None:

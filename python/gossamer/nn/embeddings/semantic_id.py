@@ -9,7 +9,7 @@ import torch
 from gossamer._checks import check_flag, check_has_numbers, check_index, check_positive, check_seed, check_shape
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, coded_nbytes
 from gossamer.nn.embeddings.residual_quantizer import ResidualQuantizer, sampled
-from gossamer.nn.embeddings.table import check_budget, item_nbytes
+from gossamer.nn.embeddings.table import check_budget, check_finite, item_nbytes
 
 # The published number of levels, and the most levels and codes within a budget: k-means compares each row with all
 # codes of a level.
@@ -125,6 +125,7 @@ class SemanticIdEmbedding(CodedRowsTable):
             ValueError: as :meth:`from_budget`.
         """
         check_shape("weight", weight, (None, None), "(N, D)")
+        check_finite("weight", weight)
         check_positive(steps=steps)
         check_seed(seed)
         if options.get("codes") is not None:

@@ -187,6 +187,7 @@ class Table(nn.Module):
     def _fit_weights(cls, weight: torch.Tensor, nbytes: int, options: dict[str, object]) -> Table:
         """The table that a budget gives for trained weights ``(N, D)``, on their device and in their dtype."""
         check_shape("weight", weight, (None, None), "(N, D)")
+        check_finite("weight", weight)
         return cls.from_budget(*weight.shape, nbytes, **{"device": weight.device, "dtype": weight.dtype} | options)
 
 
@@ -205,6 +206,12 @@ def check_lists(ids: torch.Tensor, offsets: torch.Tensor | None, weights: torch.
     if weights is not None:
         check_shape("per_sample_weights", weights, tuple(ids.shape), "that of ids")
         check_strided("per_sample_weights", weights)
+
+
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Trained rows must be finite."""
+    if not weight.is_meta and not bool(weight.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
 def check_budget(nbytes: int) -> None:
