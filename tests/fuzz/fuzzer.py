@@ -185,8 +185,9 @@ def different(ours: object, theirs: object, args: object = ()) -> str | None:
     # Steps between the numbers next to zero, of which an intermediate result may be off by some.
     grain = max((torch.finfo(dtype).tiny * torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
     floor = 64 * grain
-    if not dtypes & {torch.float16, torch.bfloat16}:
-        # Terms as large as the arguments may cancel, and leave their rounding errors.
+    if not dtypes & {torch.float16, torch.bfloat16} or max((t.numel() for t in theirs), default=0) <= 4:
+        # Terms as large as the arguments may cancel, and leave their rounding errors; in 16 bits only where a few numbers
+        # are all that can cancel.
         eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
         floor += eps * max((norm for norm in norms_of(tensors_of(args)) if math.isfinite(norm)), default=0.0)
     found = (differs(one, other, largest, coarsest, floor) for one, other in zip(ours, theirs, strict=True))

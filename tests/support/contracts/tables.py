@@ -120,6 +120,9 @@ class TableContract(Contract):
         assert table.nbytes() == table.inference_nbytes() == plain.inference_nbytes()
         assert table.frozen and not table.training
         assert torch.equal(table.lookup(ids), before)
+        if device == "cpu":
+            with pytest.raises((TypeError, ValueError), match="device"):
+                table.lookup(ids.to("meta"))
         with pytest.raises(ValueError, match="optimizer must be None for a frozen table"):
             table.optimizer = gossamer.optim.Adam(lr=0.1)
 

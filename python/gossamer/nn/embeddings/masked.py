@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gossamer._checks import check_index, check_number, check_positive, check_seed, check_sequence
+from gossamer._checks import check_index, check_number, check_positive, check_same_device, check_seed, check_sequence
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.ops.embedding import with_loss
@@ -98,6 +98,7 @@ class MaskedEmbedding(FusedTable):
         check_index("ids", ids)
         flat = ids.reshape(-1)
         if self.frozen:
+            check_same_device(table=self.weight, ids=ids)
             stored = self.row_of_id.index_select(0, flat)
             # Dropped ids read the first row, and the result is set to zero.
             rows = torch.nn.functional.embedding(stored.clamp(min=0), self.weight) if len(self.weight) else None

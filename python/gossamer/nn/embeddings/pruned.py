@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_number, check_positive, check_shape
+from gossamer._checks import check_index, check_number, check_positive, check_same_device, check_shape
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.optim import Optimizer
@@ -227,6 +227,7 @@ class PrunedEmbedding(FusedTable):
         check_index("ids", ids)
         flat = ids.reshape(-1)
         if self.served is not None:
+            check_same_device(table=self.served.values, ids=ids)
             return self.served.lookup(flat).view(*ids.shape, self.embedding_dim)
         return self._judged(self.rows("weight", flat), flat).view(*ids.shape, self.embedding_dim)
 

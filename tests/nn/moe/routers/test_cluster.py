@@ -139,3 +139,9 @@ def clusters(**options):
 
 
 TestClusters = RouterContract.over(dropout=clusters(), all=clusters(dropout=0.0, capacity_factor=0.8, bias=True))
+
+
+def test_weights_elsewhere_are_refused():
+    routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1, device="meta"), 2, torch.randn(2, 2))
+    with pytest.raises(ValueError, match="weights must be on the device of expert_ids, cpu, got meta"):
+        cluster_variance_loss(routing, 1)

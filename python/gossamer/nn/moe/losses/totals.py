@@ -136,6 +136,7 @@ class Totals(NamedTuple):
 
 def _first_choices(routing: Routing) -> Routing:
     """The routing reduced to each token's slot of the largest weight."""
+    check_same_device(expert_ids=routing.expert_ids, weights=routing.weights)
     best = routing.weights.detach().argmax(dim=1, keepdim=True)
     return routing.with_experts(routing.expert_ids.gather(1, best), routing.weights.gather(1, best), max_rows=None)
 
