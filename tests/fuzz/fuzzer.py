@@ -186,8 +186,8 @@ def different(ours: object, theirs: object, args: object = ()) -> str | None:
     grain = max((torch.finfo(dtype).tiny * torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
     floor = 64 * grain
     if not dtypes & {torch.float16, torch.bfloat16} or max((t.numel() for t in theirs), default=0) <= 4:
-        # Terms as large as the arguments may cancel, and leave their rounding errors; in 16 bits only where a few numbers
-        # are all that can cancel.
+        # Terms as large as the arguments may cancel, and leave their rounding errors; in 16 bits this is allowed for
+        # only where a result has few numbers.
         eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
         floor += eps * max((norm for norm in norms_of(tensors_of(args)) if math.isfinite(norm)), default=0.0)
     found = (differs(one, other, largest, coarsest, floor) for one, other in zip(ours, theirs, strict=True))
