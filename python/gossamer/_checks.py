@@ -25,9 +25,11 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def typed(value: object) -> str:
-    """The name of a value's type; for types that are not built in with their module, and with the value."""
+    """The name of a value's type; for numbers that are not Python's own, with the module and the value."""
     kind = type(value)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__} {value}"
+    if isinstance(value, numbers.Number) and kind.__module__ != "builtins":
+        return f"{kind.__module__}.{kind.__qualname__} {value}"
+    return kind.__name__
 
 
 def check_positive(**sizes: int) -> None:
