@@ -459,6 +459,9 @@ def test_steps_refuse_what_they_cannot_change():
         delta_rule_step(**token, state=state.clone().requires_grad_())
     with pytest.raises(TypeError, match="use_qk_l2norm must be a bool, got int"):
         delta_rule_step(**token, state=state, use_qk_l2norm=1)
+    for stray in ({"dt_bias": torch.zeros(4)}, {"lower_bound": -1.0}):
+        with pytest.raises(ValueError, match="they need A_log"):
+            delta_rule_step(**token, state=state, **stray)
     with pytest.raises(ValueError, match=r"beta must be in \[0, 2\]"):
         delta_rule_step(**(token | {"beta": token["beta"] + 5}), state=state)
     assert not state.any()

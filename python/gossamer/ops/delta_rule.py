@@ -420,6 +420,8 @@ def delta_rule_step(
     """
     if (
         A_log is None
+        and dt_bias is None
+        and lower_bound is None
         and type(use_qk_l2norm) is bool
         and _is_plain_step(q, k, v, beta, state, g)
         and _backend.resolve("delta_rule", q) == "native"
