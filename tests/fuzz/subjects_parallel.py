@@ -56,8 +56,8 @@ def divided_experts(rng):
                 module.zero_grad()
                 parallel.gather_experts(module)
             again = module(x, routing)
-            # Zero times an infinity is no part of an exchange, which leaves absent slots out; and a dispatch may be of other
-            # ids.
+            # Zero times an infinity is no part of an exchange, which leaves absent slots out.
+            # A dispatch that is there already may be of other ids.
             if (
                 not counts.any()
                 and routing.dispatch is None
