@@ -127,7 +127,7 @@ class RouterContract(Contract):
             assert_near(routing.probabilities.sum(1), torch.ones(T, device=device))
             assert bool(gossamer.nn.load_balance_loss(routing).isfinite())
         else:
-            with pytest.raises(ValueError, match="needs the router.s probabilities"):
+            with pytest.raises(ValueError, match="needs the router's probabilities"):
                 gossamer.nn.load_balance_loss(routing)
 
     def test_leading_sizes(self, make, device):
