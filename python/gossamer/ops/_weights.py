@@ -235,12 +235,12 @@ def _by_group(weight: Weight) -> torch.Tensor:
 def _nf4(weight: Weight) -> torch.Tensor:
     blocks, absmax = weight.blocks, weight.scale
     if blocks.nested_absmax is not None:
-        coarse = blocks.nested_absmax.repeat_interleave(blocks.nested_block_size)[: absmax.numel()]
-        absmax = blocks.nested_code[absmax.reshape(-1).int()] * coarse + blocks.offset.reshape(1)
+        coarse = blocks.nested_absmax.reshape(-1).repeat_interleave(blocks.nested_block_size)[: absmax.numel()]
+        absmax = blocks.nested_code.reshape(-1)[absmax.reshape(-1).int()] * coarse + blocks.offset.reshape(1)
     packed = weight.data.reshape(-1)
     index = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[: blocks.rows * blocks.columns]
     scale = absmax.reshape(-1).repeat_interleave(blocks.block_size)[: index.numel()]
-    return (blocks.code[index.int()] * scale).view(blocks.rows, blocks.columns)
+    return (blocks.code.reshape(-1)[index.int()] * scale).view(blocks.rows, blocks.columns)
 
 
 # Format -> the values in float32, in plain torch.

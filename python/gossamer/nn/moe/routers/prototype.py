@@ -12,6 +12,7 @@ from gossamer.nn.moe.capacity import check_capacity_factor, limit_capacity
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routers.topk import softmax_topk
 from gossamer.nn.moe.routing import Routing, as_logits, check_finite_logits, softmax_probabilities
+from gossamer.ops._groups import MAX_ROWS
 
 
 def _check_prototypes(num_experts: int, num_prototypes: int) -> None:
@@ -64,6 +65,8 @@ def softmax_prototypes(logits: torch.Tensor, num_prototypes: int, *, capacity_fa
     routing = Routing(ids, weights, num_experts, logits, probabilities=probabilities)
     if capacity_factor is None or num_tokens == 0:
         return routing
+    if num_tokens * num_prototypes > MAX_ROWS:
+        raise ValueError(f"logits must choose at most {MAX_ROWS} slots, got T*Z = {num_tokens * num_prototypes}")
     limited = limit_capacity(routing, capacity=math.ceil(capacity_factor * num_tokens / size))
     return limited.replaced(weights=weights.masked_fill(limited.expert_ids >= num_experts, 0.0))
 
