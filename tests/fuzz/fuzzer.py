@@ -157,9 +157,9 @@ def norms_of(tensors: Iterable[torch.Tensor]) -> Iterator[float]:
 
 
 def rates_of(args: object) -> Iterator[float]:
-    """The learning rates among a call's arguments."""
+    """The learning rates and other factors among a call's arguments."""
     for name, value in args.items() if isinstance(args, dict) else ():
-        if name.endswith("lr") and isinstance(value, (int, float)):
+        if name.endswith(("lr", "alpha", "scale")) and isinstance(value, (int, float)):
             yield value
         elif name == "optimizer" and is_dataclass(value):
             yield from rates_of(vars(value))
@@ -176,8 +176,8 @@ def different(ours: object, theirs: object, args: object = ()) -> str | None:
     if len(ours) != len(theirs):
         return f"{len(ours)} tensors, not {len(theirs)}"
     largest = max((norm for norm in norms_of(theirs) if math.isfinite(norm)), default=0.0)
-    # With such a rate, a rounding error of one step is larger than the result of the next; and float32 holds no sum of
-    # squares of such results.
+    # With such a rate, a rounding error of one step is larger than the result of the next; such a factor leaves the
+    # range of 16 bits; and float32 holds no sum of squares of such results.
     if largest > 1e18 or any(rate > 1e9 for rate in rates_of(args)):
         return None
     dtypes = {t.dtype for t in [*tensors_of(args), *ours] if t.dtype in TOLERANCE}

@@ -6,6 +6,7 @@ from contracts import RouterContract, assert_near
 
 from gossamer.nn import (
     MoE,
+    Routing,
     SigmoidRouter,
     SoftmaxRouter,
     TokenRounding,
@@ -87,6 +88,11 @@ def test_evaluation_is_the_routers_own(device):
         (lambda: TokenRounding(None), TypeError, r"router must be a gossamer\.nn\.Router, got NoneType"),
         (lambda: round_tokens(given_experts(torch.zeros(2, 1).long(), 3)), ValueError, "routing must have logits"),
         (lambda: round_tokens(torch.zeros(2, 1)), TypeError, "routing must be a Routing, got Tensor"),
+        (
+            lambda: round_tokens(Routing(torch.tensor([[-1]]), torch.ones(1, 1), 3, torch.zeros(1, 3))),
+            ValueError,
+            r"routing\.expert_ids must not be negative, got -1",
+        ),
     ],
 )
 def test_errors(call, error, message):

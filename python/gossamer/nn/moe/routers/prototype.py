@@ -12,7 +12,7 @@ from gossamer.nn.moe.capacity import check_capacity_factor, limit_capacity
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routers.topk import softmax_topk
 from gossamer.nn.moe.routing import Routing, as_logits, check_finite_logits, softmax_probabilities
-from gossamer.ops._groups import MAX_ROWS
+from gossamer.ops.dispatch import MAX_ROWS
 
 
 def _check_prototypes(num_experts: int, num_prototypes: int) -> None:
