@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch._C import _are_functorch_transforms_active
@@ -328,6 +329,21 @@ def check_id_range(name: str, ids: torch.Tensor, limit: int, symbol: str) -> Non
     least, most = (int(value) for value in ids.aminmax())
     if least < 0 or most >= limit:
         raise IndexError(f"{name} must be in [0, {symbol}) with {symbol}={limit}, got {least} to {most}")
+
+
+def raise_negative(name: str, expert_ids: torch.Tensor, place: int) -> NoReturn:
+    """Raise the error of a negative id at a flat place of ``expert_ids (T, K)``."""
+    token, slot = divmod(place, expert_ids.shape[1])
+    raise ValueError(
+        f"{name} must not be negative, got {int(expert_ids[token, slot])} at token {token}, slot {slot}; "
+        "ids >= num_experts mean no expert"
+    )
+
+
+def check_no_negative(name: str, expert_ids: torch.Tensor) -> None:
+    """On the CPU no id of ``expert_ids (T, K)`` may be negative; reads the values."""
+    if expert_ids.is_cpu and expert_ids.numel() and int(expert_ids.min()) < 0:
+        raise_negative(name, expert_ids, int((expert_ids.reshape(-1) < 0).nonzero()[0]))
 
 
 def check_traceable(name: str) -> None:

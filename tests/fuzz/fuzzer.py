@@ -156,13 +156,13 @@ def norms_of(tensors: Iterable[torch.Tensor]) -> Iterator[float]:
             yield float(tensor.detach().double().norm())
 
 
-def rates_of(args: object) -> Iterator[float]:
+def factors_of(args: object) -> Iterator[float]:
     """The learning rates and other factors among a call's arguments."""
     for name, value in args.items() if isinstance(args, dict) else ():
         if name.endswith(("lr", "alpha", "scale")) and isinstance(value, (int, float)):
             yield value
         elif name == "optimizer" and is_dataclass(value):
-            yield from rates_of(vars(value))
+            yield from factors_of(vars(value))
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
@@ -178,7 +178,7 @@ def different(ours: object, theirs: object, args: object = ()) -> str | None:
     largest = max((norm for norm in norms_of(theirs) if math.isfinite(norm)), default=0.0)
     # With such a rate, a rounding error of one step is larger than the result of the next; such a factor leaves the
     # range of 16 bits; and float32 holds no sum of squares of such results.
-    if largest > 1e18 or any(rate > 1e9 for rate in rates_of(args)):
+    if largest > 1e18 or any(factor > 1e9 for factor in factors_of(args)):
         return None
     dtypes = {t.dtype for t in [*tensors_of(args), *ours] if t.dtype in TOLERANCE}
     coarsest = max(map(TOLERANCE.get, dtypes), default=0.0)

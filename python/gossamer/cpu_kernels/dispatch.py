@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer import _C
+from gossamer._checks import raise_negative
 from gossamer.cpu_kernels._native import DTYPES
 
 
@@ -31,9 +32,5 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
         torch.get_num_threads(),
     )
     if negative >= 0:
-        token, slot = divmod(negative, top_k)
-        raise ValueError(
-            f"expert_ids must not be negative, got {int(expert_ids[token, slot])} at token {token}, slot {slot}; "
-            "ids >= num_experts mean no expert"
-        )
+        raise_negative("expert_ids", expert_ids, negative)
     return slots, rows, offsets

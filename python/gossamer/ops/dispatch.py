@@ -11,7 +11,7 @@ import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from gossamer import _backend
-from gossamer._checks import check_index, check_positive, check_shape
+from gossamer._checks import check_index, check_no_negative, check_positive, check_shape
 from gossamer._trusted import is_readable, mark, state_without_mark
 from gossamer.ops._groups import MAX_ROWS, Groups, check_groups
 from gossamer.ops._records import define
@@ -155,16 +155,6 @@ def dispatch_reference(expert_ids: torch.Tensor, num_experts: int) -> tuple[torc
     return slots.int(), rows.int(), offsets.int()
 
 
-def _raise_negative(expert_ids: torch.Tensor) -> None:
-    flat = expert_ids.reshape(-1)
-    slot = int((flat < 0).nonzero()[0])
-    top_k = expert_ids.shape[1]
-    raise ValueError(
-        f"expert_ids must not be negative, got {int(flat[slot])} at token {slot // top_k}, slot {slot % top_k}; "
-        "ids >= num_experts mean no expert"
-    )
-
-
 def _raise_overflow(live: int, max_rows: int) -> None:
     raise ValueError(f"max_rows must be at least the number of slots with an expert, {live}, got {max_rows}")
 
@@ -198,8 +188,8 @@ def _sort(args: ExpertSort, backend: str) -> tuple[torch.Tensor, torch.Tensor, t
     expert_ids, num_experts, max_rows = args
     # The check reads values, so it runs inside the operator, where values exist in traced calls too. The native kernel
     # finds negative ids itself.
-    if backend != "native" and expert_ids.device.type == "cpu" and expert_ids.numel() and int(expert_ids.min()) < 0:
-        _raise_negative(expert_ids)
+    if backend != "native":
+        check_no_negative("expert_ids", expert_ids)
     if backend == "reference":
         slots, rows, offsets = dispatch_reference(expert_ids, num_experts)
     else:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_index, check_number, check_positive, check_same_device, check_shape
+from gossamer._checks import (
+    check_id_range,
+    check_index,
+    check_number,
+    check_positive,
+    check_same_device,
+    check_shape,
+)
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.optim import Optimizer
@@ -53,12 +60,7 @@ class SparseRows(torch.nn.Module):
         if self.by_row:
             first, last = self.rows[:-1].index_select(0, ids), self.rows[1:].index_select(0, ids)
         else:
-            if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
-                lowest, highest = ids.aminmax()
-                if lowest < 0 or highest >= self.num_rows:
-                    raise IndexError(
-                        f"ids must be in [0, N) with N={self.num_rows}, got {int(lowest)} to {int(highest)}"
-                    )
+            check_id_range("ids", ids, self.num_rows, "N")
             wanted = ids.int()
             first, last = torch.searchsorted(self.rows, wanted), torch.searchsorted(self.rows, wanted, right=True)
         places = first.unsqueeze(1) + torch.arange(self.widest, device=ids.device)

@@ -17,6 +17,7 @@ from gossamer._checks import (
     MAX_SIZE,
     check_floating,
     check_index,
+    check_no_negative,
     check_number,
     check_positive,
     check_same_device,
@@ -316,8 +317,8 @@ def route_where(live: torch.Tensor, weights: torch.Tensor, **arguments: object) 
 def dense_weights(routing: Routing) -> torch.Tensor:
     """``(T, E)``: each expert's weight for each token, repeated experts added up, 0 for those not chosen."""
     e = routing.num_experts
-    if not torch.compiler.is_compiling() and routing.expert_ids.is_cpu and (routing.expert_ids < 0).any():
-        raise ValueError(f"routing.expert_ids must not be negative, got {int(routing.expert_ids.min())}")
+    if not torch.compiler.is_compiling():
+        check_no_negative("routing.expert_ids", routing.expert_ids)
     absent = routing.expert_ids >= e
     ids = routing.expert_ids.clamp(max=e - 1).long()
     empty = routing.weights.new_zeros(routing.num_tokens, e)
