@@ -20,6 +20,7 @@ from gossamer.bench.harness.markdown import markdown_table
 BETTER, WORSE, WITHIN, BASELINE = "better", "worse", "within the spread", "baseline"
 # With fewer seeds of a case, nothing is said about a difference.
 SEEDS = 3
+FEW = f"under {SEEDS} seeds"
 
 
 @dataclass(frozen=True)
@@ -257,10 +258,10 @@ def values(case: dict, metric: str) -> list[float]:
 def verdict(record: dict, case: dict) -> str:
     """Whether the headline metric tells a case from the baseline.
 
-    ``"better"`` or ``"worse"`` if the gap between the two cases' ranges of seeds is wider than either range, and each
-    case has at least :data:`SEEDS` seeds; else ``"within the spread"``. If both cases have three seeds from the same
-    normal distribution, this rule calls 1 pair in 130 different by chance; to ask only that ranges do not overlap would
-    call 1 in 10 different.
+    ``"better"`` or ``"worse"`` if the gap between the two cases' ranges of seeds is wider than either range, else
+    ``"within the spread"``; :data:`FEW` if a case has fewer than :data:`SEEDS` seeds. If both cases have three seeds
+    from the same normal distribution, this rule calls 1 pair in 130 different by chance; to ask only that ranges do not
+    overlap would call 1 in 10 different.
     """
     base = next((c for c in record["cases"] if c["name"] == record["baseline"]), None)
     if base is None or case is base:
@@ -271,7 +272,7 @@ def verdict(record: dict, case: dict) -> str:
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """The rule of :func:`verdict`, applied to the values of two cases' seeds; less is better."""
     if min(len(ours), len(theirs)) < SEEDS:
-        return WITHIN
+        return FEW
     within = max(max(ours) - min(ours), max(theirs) - min(theirs))
     if max(ours) + within < min(theirs):
         return BETTER
@@ -311,6 +312,8 @@ def notes(record: dict) -> list[str]:
     counts = sorted({len(case["runs"]) for case in record["cases"]})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "no"
     rule = "only if the gap between the ranges of their seeds is wider than either range"
+    if counts and counts[0] < SEEDS:
+        rule += f" and both have at least {SEEDS} seeds"
     lines = [
         f"{seeds} seeds per case. A case counts as better or worse than {record['baseline']} {rule}. "
         f"A {record['effort']} run, {environment_line(record)}."

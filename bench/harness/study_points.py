@@ -6,7 +6,7 @@ import math
 import statistics
 
 from gossamer.bench.harness.markdown import markdown_table
-from gossamer.bench.harness.study import BASELINE, BETTER, WITHIN, WORSE, difference, spread
+from gossamer.bench.harness.study import BASELINE, BETTER, WORSE, difference, spread
 
 # The columns of the table are these budgets. Another budget is shown in the nearest column, beside its value.
 COLUMNS = {"1/2": 0.5, "1/4": 0.25, "1/10": 0.1, "1/100": 0.01}
@@ -75,7 +75,7 @@ def markdown(record: dict) -> str:
             label = chosen[column]
             found = at(case, label, headline)
             said = difference(found, base_values)
-            text = spread(found, metric["digits"]) + ("" if said == WITHIN else f", {said}")
+            text = spread(found, metric["digits"]) + (f", {said}" if said in (BETTER, WORSE) else "")
             cells.append(text if float(label) == COLUMNS[column] else f"at {label}: {text}")
         lines.append([case["name"] + (" *" if case["note"] else ""), *cells])
     lines.sort(key=lambda line: line[0])

@@ -56,7 +56,8 @@ def test_only_a_gap_wider_than_the_spread_is_a_difference():
     found = {case["name"]: study.verdict(record, case) for case in record["cases"]}
     assert found == {"base": "baseline", "low": "better", "near": "within the spread", "high": "worse"}
     few = study.run(chosen, chosen.cases(), seeds=2)
-    assert {study.verdict(few, case) for case in few["cases"]} == {"baseline", "within the spread"}
+    assert {study.verdict(few, case) for case in few["cases"]} == {"baseline", "under 3 seeds"}
+    assert "wider than either range and both have at least 3 seeds. A full run" in study.notes(few)[0]
 
 
 def test_table_and_notes():
