@@ -191,6 +191,8 @@ def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
     """One implementation and format: prefill, decoding, then decoding again under a stopwatch."""
     truth = _float_logits(seed, settings)
     model = make_model(seed, settings)
+    # Before quantisation, whose tensors hold two codes of 4 bits in an element, and scales.
+    parameters = sum(p.numel() for p in model.parameters())
     prepare(name, model)
     gc.collect()
     prompt = _prompt(seed, settings)
@@ -216,7 +218,7 @@ def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
         **shares,
         "framework": 1 - sum(shares.values()),
     }
-    return Outcome(parameters=sum(w.numel() for w in weights), metrics=metrics)
+    return Outcome(parameters=parameters, metrics=metrics)
 
 
 def cases() -> list[Case]:
