@@ -7,6 +7,7 @@ from gossamer._measure import check, profile
 from gossamer._memory import empty_cache
 from gossamer.integrations import (
     compress_embeddings,
+    freeze_embeddings,
     load_quantized_experts,
     quantize_experts,
     replace,
@@ -72,6 +73,7 @@ __all__ = [
     "dsd",
     "empty_cache",
     "expert_mlp",
+    "freeze_embeddings",
     "gather_compose",
     "gather_compose_step",
     "gather_dot",

@@ -95,9 +95,16 @@ def test_fills_the_budget(method):
         trained = sum(table.nbytes() for table in (model.users, model.goods)) + 7 * 16 * 4
         assert report.training == trained and f"{trained} in training" in str(report)
         assert (trained >= before) == (method in DENSE_IN_TRAINING)
-        held = sum(table.freeze().nbytes() for table in (model.users, model.goods)) + 7 * 16 * 4
+        held = sum(gossamer.freeze_embeddings(model).values()) + 7 * 16 * 4
         assert held == report.served
         assert 0.99 * budget * before < held <= budget * before
+
+
+def test_models_without_tables_are_not_frozen():
+    with pytest.raises(ValueError, match=r"model must hold tables of gossamer\.nn, got none in Sequential"):
+        gossamer.freeze_embeddings(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        gossamer.freeze_embeddings("model")
 
 
 def test_budgets_between_two_sizes():
@@ -130,8 +137,10 @@ def test_meets_the_budget(method):
     y.square().sum().backward()
     # Codes are trained by an optimizer in the table alone.
     assert all(p.grad is not None for table in tables for p in table.parameters() if p.is_floating_point())
-    held = sum(table.freeze().nbytes() for table in tables) + 7 * 16 * 4
-    assert held == report.served
+    frozen = gossamer.freeze_embeddings(model)
+    assert {*frozen} == {table.name for table in report.tables} - {"weekday"}
+    assert sum(frozen.values()) + 7 * 16 * 4 == report.served
+    assert gossamer.freeze_embeddings(model) == frozen
     served = model.eval()(ids)
     if method == "deep_hash":
         # Its products are of other numbers of rows once each id is computed once.

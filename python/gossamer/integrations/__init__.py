@@ -11,12 +11,14 @@ import torch
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Replacement
 from gossamer.integrations.compress import compress_embeddings
+from gossamer.integrations.freeze import freeze_embeddings
 from gossamer.integrations.quantized import load_quantized_experts, quantize_experts
 from gossamer.integrations.serving import serve_adapters
 from gossamer.integrations.sparsify import sparsify
 
 __all__ = [
     "compress_embeddings",
+    "freeze_embeddings",
     "load_quantized_experts",
     "quantize_experts",
     "replace",

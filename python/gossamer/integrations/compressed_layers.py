@@ -11,7 +11,7 @@ from gossamer.nn.embeddings.table_batched import feature_lists
 from gossamer.ops.gather_reduce import check_offsets
 
 
-class _InPlace(nn.Module):
+class InPlace(nn.Module):
     """A table that replaces another layer and has its sizes.
 
     It has what all tables have. What one kind alone has, such as ``sparsify``, is reached by :attr:`table`.
@@ -50,13 +50,13 @@ class _InPlace(nn.Module):
         """Bytes that the table holds once :meth:`freeze` was called."""
         return self.table.inference_nbytes()
 
-    def freeze(self) -> _InPlace:
+    def freeze(self) -> InPlace:
         """Freeze the table, in place, and return this layer around it: padding and pooling stay."""
         self.table = self.table.freeze()
         return self.eval()
 
 
-class TableLookup(_InPlace):
+class TableLookup(InPlace):
     """A table that replaces ``torch.nn.Embedding``: calling it looks up ids.
 
     Args:
@@ -73,7 +73,7 @@ class TableLookup(_InPlace):
         return self.lookup(input)
 
 
-class TableBags(_InPlace):
+class TableBags(InPlace):
     """A table that replaces ``torch.nn.EmbeddingBag``, with the same argument names and padding.
 
     Args:
