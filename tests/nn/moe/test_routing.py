@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import gossamer
 from gossamer.nn import (
     SigmoidRouter,
     SoftmaxRouter,
@@ -369,5 +370,7 @@ def test_given_experts(device):
         given_experts(ids, 4, torch.ones(3, 1, device=device))
     with pytest.raises(TypeError, match="weights must be floating point"):
         given_experts(ids, 4, ids)
+    with pytest.raises(ValueError, match=rf"weights must be on the device of expert_ids, {ids.device}, got meta"):
+        gossamer.nn.Routing(ids, torch.ones(3, 2, device="meta"), 4)
     with pytest.raises(ValueError, match="top_k must be at most num_experts, got top_k=2, num_experts=1"):
         given_experts(ids, 1)

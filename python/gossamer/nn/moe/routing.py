@@ -176,6 +176,8 @@ class Routing:
             check_shape("expert_ids", expert_ids, (None, None), "(T, K)")
             check_shape("weights", weights, tuple(expert_ids.shape), "(T, K)")
         check_floating("weights", weights)
+        if weights.device != expert_ids.device:
+            check_same_device(expert_ids=expert_ids, weights=weights)
         if not (max_rows is None or isinstance(max_rows, (int, torch.SymInt))):
             raise TypeError(f"max_rows must be an int or None, got {type(max_rows).__name__}")
         object.__setattr__(self, "expert_ids", expert_ids)
