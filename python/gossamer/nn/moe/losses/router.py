@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,39 @@ import torch.distributed as dist
 from gossamer._checks import check_floating, check_same_device, check_shape
 from gossamer.nn.moe.losses.totals import kept_tokens, layers_of, listed, num_kept, sum_over_ranks
 from gossamer.nn.moe.routing import Routing, token_entropy
+
+
+def _token_mean(
+    layers: Sequence[Routing],
+    mask: torch.Tensor | None,
+    group: dist.ProcessGroup | None,
+    values: Callable[[Routing, torch.Tensor | None], torch.Tensor],
+) -> torch.Tensor:
+    """The mean of ``values(layer, kept) (T,)``, 0 at tokens that do not count, over the others of all layers and
+    ranks.
+    """
+    total, rows = 0, 0
+    for layer in layers:
+        kept = kept_tokens(mask, layer.expert_ids)
+        total = total + values(layer, kept).sum()
+        rows = rows + num_kept(kept, layer)
+    return sum_over_ranks(total, group, total) / sum_over_ranks(rows, group, total)
+
+
+def _squared_logsumexp(layer: Routing, kept: torch.Tensor | None) -> torch.Tensor:
+    """``(T,)``, 0 at tokens that do not count or whose experts are all masked."""
+    ignored = (layer.logits == -math.inf).all(dim=-1)
+    if kept is not None:
+        ignored = ignored | ~kept
+    # Filled before the logarithm: if filled after it, the gradient at −inf would still be NaN.
+    lse = layer.logits.masked_fill(ignored.unsqueeze(1), 0.0).logsumexp(dim=-1)
+    return lse.square().masked_fill(ignored, 0.0)
+
+
+def _entropy(layer: Routing, kept: torch.Tensor | None) -> torch.Tensor:
+    """``(T,)``, 0 at tokens that do not count."""
+    entropy = token_entropy(layer.probabilities)
+    return entropy if kept is None else entropy.masked_fill(~kept, 0.0)
 
 
 def router_z_loss(
@@ -36,17 +69,7 @@ def router_z_loss(
         TypeError: ``routing`` is something else.
         ValueError: no routing, one without logits, different numbers of experts, or a mask of another size or device.
     """
-    total, rows = 0, 0
-    for layer in layers_of(routing, "router_z_loss", logits=True):
-        kept = kept_tokens(mask, layer.expert_ids)
-        ignored = (layer.logits == -math.inf).all(dim=-1)
-        if kept is not None:
-            ignored = ignored | ~kept
-        # Filled before the logarithm: if filled after it, the gradient at −inf would still be NaN.
-        lse = layer.logits.masked_fill(ignored.unsqueeze(1), 0.0).logsumexp(dim=-1)
-        total = total + lse.square().masked_fill(ignored, 0.0).sum()
-        rows = rows + num_kept(kept, layer)
-    return sum_over_ranks(total, group, total) / sum_over_ranks(rows, group, total)
+    return _token_mean(layers_of(routing, "router_z_loss", logits=True), mask, group, _squared_logsumexp)
 
 
 def routing_entropy_loss(
@@ -74,15 +97,7 @@ def routing_entropy_loss(
         ValueError: no routing, one without probabilities, different numbers of experts, or a mask of another size or
             device.
     """
-    total, rows = 0, 0
-    for layer in layers_of(routing, "routing_entropy_loss"):
-        kept = kept_tokens(mask, layer.expert_ids)
-        entropy = token_entropy(layer.probabilities)
-        if kept is not None:
-            entropy = entropy.masked_fill(~kept, 0.0)
-        total = total + entropy.sum()
-        rows = rows + num_kept(kept, layer)
-    return sum_over_ranks(total, group, total) / sum_over_ranks(rows, group, total)
+    return _token_mean(layers_of(routing, "routing_entropy_loss"), mask, group, _entropy)
 
 
 def _check_term(name: str, term: torch.Tensor, routing: Routing) -> None:
