@@ -79,15 +79,20 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
 
 
 def restore(model: torch.nn.Module) -> None:
-    """Undo :func:`replace` and :func:`sparsify`: every layer is computed again by the implementation it had before.
+    """Undo :func:`replace`, :func:`sparsify` and :func:`compress_embeddings`: every layer is computed again by the
+    implementation it had before.
 
-    A block-sparse layer becomes dense again, with its current blocks and zeros elsewhere.
+    A block-sparse layer becomes dense again, with its current blocks and zeros elsewhere. Compressed tables become
+    layers again if they were made with ``keep_original=True``.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: ``model`` was not switched, or is restored already; a module, such as quantised experts, cannot be
+        ValueError: ``model`` was not changed, or is restored already; a module, such as quantised experts, cannot be
             restored; then nothing is changed.
     """
     surgery.check_model(model)
     if not surgery.undo(model):
-        raise ValueError(f"model must be one that gossamer.replace switched, got {type(model).__name__}")
+        raise ValueError(
+            "model must hold layers that gossamer.replace, sparsify or compress_embeddings changed, got none in "
+            f"{type(model).__name__}"
+        )
