@@ -7,6 +7,7 @@ import torch
 from contracts import TrainedTableContract, assert_near
 
 from gossamer.nn import ResidualQuantizer, SemanticIdEmbedding, balanced_kmeans, unique_codes
+from gossamer.nn.embeddings import residual_quantizer
 from gossamer.nn.embeddings.residual_quantizer import kmeans, nearest
 
 
@@ -131,6 +132,24 @@ def test_nearest_words(n, k, dim):
     generator = torch.Generator().manual_seed(n)
     x, words = (torch.randint(-3, 4, (rows, dim), generator=generator).float() for rows in (n, k))
     assert torch.equal(nearest(x, words), (x.unsqueeze(1) - words).double().square().sum(-1).argmin(-1))
+
+
+@pytest.mark.parametrize("size", [1e19, 3e38])
+def test_nearest_words_whose_scores_overflow(size, monkeypatch):
+    """Infinite scores are compared as they are; the search, which refuses them, gets none."""
+    x, words = (
+        torch.tensor([[size, 0.0], [0.0, -1.0], [0.0, 0.5]]),
+        torch.tensor([[0.0, 1.0], [0.0, -1.0], [size, 0.0]]),
+    )
+    assert nearest(x[1:], words).tolist() == [1, 0]
+    assert nearest(x, words[:2])[1:].tolist() == [1, 0]
+
+    def refuse(*args):
+        raise ValueError("keys are wrong")
+
+    monkeypatch.setattr(residual_quantizer, "product_key_search", refuse)
+    with pytest.raises(ValueError, match="keys are wrong"):
+        nearest(x[1:], words[:2])
 
 
 def test_many_codes_are_drawn_in_rounds():

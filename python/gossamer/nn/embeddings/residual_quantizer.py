@@ -181,10 +181,7 @@ def nearest(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     if x.shape[-1] == 1 and not torch.compiler.is_compiling():
         return _nearest_number(flat[:, 0], words[:, 0]).view(x.shape[:-1])
     if _searches(flat, words):
-        try:
-            return _searched(flat, words).view(x.shape[:-1])
-        except ValueError:
-            pass  # a score is not finite
+        return _searched(flat, words).view(x.shape[:-1])
     # ‖x‖² is the same for all words.
     lengths = words.square().sum(-1)
     size = max(1, _DISTANCES // len(words))
@@ -206,10 +203,14 @@ def _nearest_number(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
 
 
 def _searches(x: torch.Tensor, words: torch.Tensor) -> bool:
-    """Whether a native kernel searches for the nearest words."""
+    """Whether a native kernel searches for the nearest words, which it does among finite scores only."""
     if torch.compiler.is_compiling() or x.dtype != torch.float32 or words.dtype != x.dtype or not x.numel():
         return False
-    return _backend.resolve("product_key_topk", x) == "native" and not x.is_meta
+    if x.is_meta or _backend.resolve("product_key_topk", x) != "native":
+        return False
+    of_x, of_words = (max(abs(float(bound)) for bound in tensor.aminmax()) for tensor in (x, words))
+    # No sum of two scores is larger; comparisons with NaN are false.
+    return 2 * x.shape[1] * of_words * (of_x + of_words / 2) <= torch.finfo(x.dtype).max
 
 
 @torch.no_grad()
