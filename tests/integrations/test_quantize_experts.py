@@ -9,6 +9,7 @@ import torch
 import gossamer
 from gossamer import QuantizedExpertWeight
 from gossamer.nn import QuantizedExpertStack, QuantizedLinear
+from gossamer.ops import quantized_expert_weight
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -318,6 +319,24 @@ def test_what_is_not_finite_is_refused_before_anything_changes(value):
     with pytest.raises(ValueError, match=r"^1\.weight must hold finite values, got 1 of 4,096 that"):
         gossamer.quantize_experts(model, "int8", include_linears=True)
     assert isinstance(model[0].experts.gate_up_proj, torch.nn.Parameter)
+
+
+def test_weights_are_checked_once(monkeypatch):
+    """Each is read for what is not finite before the first is quantised, and not again."""
+    read = []
+    finite = quantized_expert_weight.check_finite
+    monkeypatch.setattr(quantized_expert_weight, "check_finite", lambda *args: (read.append(args[0]), finite(*args)))
+    model = torch.nn.Sequential(gossamer.nn.MoE(64, 32, 4, 2), torch.nn.Linear(64, 64))
+    gossamer.quantize_experts(model, "int8", include_linears=True)
+    assert sorted(read) == ["0.experts.down_proj", "0.experts.gate_up_proj", "1.weight"]
+
+
+@pytest.mark.parametrize("size", [0, 16])
+def test_group_sizes_are_checked_before_anything_changes(size):
+    model = qwen()
+    with pytest.raises(ValueError, match=rf"group_size must be .*, got {size}"):
+        gossamer.quantize_experts(model, "int4", group_size=size)
+    assert not any(isinstance(m, QuantizedExpertStack) for m in model.modules())
 
 
 def test_errors():

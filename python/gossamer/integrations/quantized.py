@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from gossamer._checks import FLOAT_DTYPES, check_device, check_finite, check_tensor
+from gossamer._checks import FLOAT_DTYPES, check_device, check_tensor
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Quantization, QuantizedModule
 from gossamer.nn import QuantizedExpertStack, QuantizedLinear, Router
@@ -20,6 +20,8 @@ from gossamer.ops.quantized_expert_weight import (
     QuantizedExpertWeight,
     check_activations,
     check_format,
+    check_group_size,
+    check_quantizable,
     concatenate,
 )
 
@@ -204,11 +206,12 @@ def quantize_experts(
     Raises:
         TypeError: ``model`` is not a module, or ``include_linears`` neither a bool nor a function.
         ValueError: the format or group size is unknown, the format is none for ``activations``, nothing to quantise is
-            inside, a weight holds NaN or infinity (then nothing is changed), or, under ``strict``, an experts module's
-            weights do not fit the format or are quantised already.
+            inside, a weight is empty or holds NaN or infinity (then nothing is changed), or, under ``strict``, an
+            experts module's weights do not fit the format or are quantised already.
     """
     check_format(format)
     check_activations(activations, format)
+    check_group_size(group_size, format)
     if not isinstance(include_linears, bool) and not callable(include_linears):
         raise TypeError(f"include_linears must be a bool or a function, got {type(include_linears).__name__}")
     surgery.check_model(model)
@@ -222,17 +225,20 @@ def quantize_experts(
     if found.skipped and strict:
         raise ValueError("model has experts that cannot be quantised: " + surgery.reasons(found.skipped))
     for name, module in linears.chosen:
-        check_finite(f"{name}.weight" if name else "weight", module.weight.detach())
+        check_quantizable(f"{name}.weight" if name else "weight", module.weight.unsqueeze(0), format, group_size)
     for name, module in found.chosen:
-        for weight_name in _weights(module)[0]:
-            check_finite(f"{name}.{weight_name}" if name else weight_name, getattr(module, weight_name).detach())
+        names, transposed = _weights(module)
+        for weight_name in names:
+            weight = getattr(module, weight_name)
+            wide = weight.transpose(1, 2) if transposed else weight
+            check_quantizable(f"{name}.{weight_name}" if name else weight_name, wide, format, group_size)
     # This comes before the first matrix is dropped, so that a model that gossamer cannot compute stays intact.
     if found.chosen:
         compute_by_gossamer(model)
     done, options = [], {"group_size": group_size, "activations": activations}
     for name, module in linears.chosen:
         before, class_name = module.weight.nbytes, type(module).__name__
-        weight = QuantizedExpertWeight.quantize(module.weight.detach().unsqueeze(0), format, **options)
+        weight = QuantizedExpertWeight.quantize_checked(module.weight.detach().unsqueeze(0), format, **options)
         hold(module, "weight", weight)
         done.append(QuantizedModule(name, class_name, format, before, weight.nbytes))
     for name, module in found.chosen:
@@ -242,7 +248,7 @@ def quantize_experts(
             weight = getattr(module, weight_name).detach()
             before += weight.nbytes
             wide = weight.transpose(1, 2) if transposed else weight
-            quantized = QuantizedExpertWeight.quantize(wide, format, **options)
+            quantized = QuantizedExpertWeight.quantize_checked(wide, format, **options)
             hold(module, weight_name, quantized)
             after += quantized.nbytes
             del weight, wide

@@ -49,6 +49,29 @@ def check_activations(activations: str, weight_format: str) -> None:
         raise ValueError(f"activations can be 'int8' for the formats {WHOLE_FORMATS}, got format {weight_format!r}")
 
 
+def check_group_size(group_size: int, weight_format: str) -> None:
+    """``group_size`` must be one of the format's, if it is ``int4`` or ``mxfp4``."""
+    if weight_format in ("int4", "mxfp4"):
+        sizes = INT4_GROUPS if weight_format == "int4" else (MX_GROUP,)
+        check_positive(group_size=group_size)
+        if group_size not in sizes:
+            raise ValueError(f"group_size must be one of {sizes} for {weight_format}, got {group_size}")
+
+
+def check_quantizable(name: str, weight: torch.Tensor, weight_format: str, group_size: int) -> None:
+    """``weight (E, N, C)`` must have finite values and whole groups of a valid size along C."""
+    check_shape(name, weight, (None, None, None), "(E, N, C)")
+    check_float(name, weight, "reference")
+    check_strided(name, weight)
+    if weight.numel() == 0:
+        raise ValueError(f"{name} must have at least one element, got {tuple(weight.shape)}")
+    check_group_size(group_size, weight_format)
+    c = weight.shape[2]
+    if weight_format in ("int4", "mxfp4") and c % group_size:
+        raise ValueError(f"C must be a multiple of group_size for {weight_format}, got C={c}, group_size={group_size}")
+    check_finite(name, weight.detach())
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -220,20 +243,14 @@ class QuantizedExpertWeight:
         """
         check_format(format)
         check_activations(activations, format)
-        check_shape("weight", weight, (None, None, None), "(E, N, C)")
-        check_float("weight", weight, "reference")
-        check_strided("weight", weight)
-        if weight.numel() == 0:
-            raise ValueError(f"weight must have at least one element, got {tuple(weight.shape)}")
-        c = weight.shape[2]
-        if format in ("int4", "mxfp4"):
-            sizes = INT4_GROUPS if format == "int4" else (MX_GROUP,)
-            check_positive(group_size=group_size)
-            if group_size not in sizes:
-                raise ValueError(f"group_size must be one of {sizes} for {format}, got {group_size}")
-            if c % group_size:
-                raise ValueError(f"C must be a multiple of group_size for {format}, got C={c}, group_size={group_size}")
-        check_finite("weight", weight.detach())
+        check_quantizable("weight", weight, format, group_size)
+        return cls.quantize_checked(weight, format, group_size=group_size, activations=activations)
+
+    @classmethod
+    def quantize_checked(
+        cls, weight: torch.Tensor, format: str, *, group_size: int = MX_GROUP, activations: str = "float"
+    ) -> QuantizedExpertWeight:
+        """:meth:`quantize` of what :func:`check_quantizable` accepts, without reading all values once more."""
         data = scale = None
         for i, expert in enumerate(weight.detach()):
             one_data, one_scale = _QUANTIZERS[format](expert.float(), group_size)
