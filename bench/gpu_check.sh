@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs everything that needs a GPU, in one command: the tests on CUDA, then benchmarks against baselines and installed peers:
-# the expert layer on four large shapes, with quantised weights on three and with few tokens; its router and its activation;
-# low-rank updates on five shapes; static and dynamic embedding layers and the hash table over uniform and skewed ids; and
-# block-sparse linear layers at four sparsities.
+# the expert layer on four large shapes, with quantised weights on three and with few tokens; its routers, its activation and
+# other expert layers; linear attention; low-rank updates on five shapes; static, compressed and dynamic embedding layers and
+# the hash table over uniform and skewed ids; and block-sparse linear layers at four sparsities.
 # Usage: bench/gpu_check.sh [FOLDER for the JSON files, default bench/results]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,10 +14,9 @@ device=$(python3 -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cu
 
 pip install --no-build-isolation --no-deps .
 pytest -q tests/test_backend.py tests/ops tests/kernels/test_expert_mlp_descriptors.py \
-  tests/nn/moe/test_routing.py tests/nn/moe/test_routers.py tests/nn/moe/test_moe*.py \
-  tests/nn/moe/test_block_sparse_experts.py tests/nn/linear/test_block_sparse_linear.py \
-  tests/nn/linear/test_low_rank_layers.py tests/nn/embeddings/test_embedding.py tests/nn/embeddings/test_table_batched.py \
-  tests/nn/embeddings/test_dynamic_embedding.py tests/integrations/test_quantize_experts.py tests/integrations/test_peft.py
+  tests/nn/moe/test_*.py tests/nn/moe/*/test_*.py tests/nn/embeddings/test_*.py tests/nn/linear/test_*.py \
+  tests/nn/test_delta_rule_layers.py tests/nn/test_conversions.py tests/integrations/test_compress.py \
+  tests/integrations/test_linear_attention.py tests/integrations/test_quantize_experts.py tests/integrations/test_peft.py
 for shape in fine-grained olmoe qwen3-30b-a3b mixtral; do
   gossamer bench moe --shape "$shape" --dtype bf16 --device cuda --json "$out/moe-$shape-$device.json"
 done
@@ -31,8 +30,12 @@ for tokens in 1 16 64; do
 done
 gossamer bench topk_routing --device cuda --json "$out/topk_routing-$device.json"
 gossamer bench tree_routing --device cuda --json "$out/tree_routing-$device.json"
-for family in multi_low_rank expert_mlp_lora activate; do
+for family in multi_low_rank expert_mlp_lora activate mixture_of_attention top_p_moe causal_conv1d delta_rule; do
   gossamer bench "$family" --dtype bf16 --device cuda --json "$out/$family-$device.json"
+done
+gossamer bench delta_rule --shape 1,8192,96,96,128,1,1 --dtype bf16 --device cuda --json "$out/delta_rule-96-heads-$device.json"
+for family in product_key_experts compressed_embedding; do
+  gossamer bench "$family" --dtype fp32 --device cuda --json "$out/$family-$device.json"
 done
 for shape in square square-rank-64 wide square-2048 square-64; do
   gossamer bench low_rank --shape "$shape" --dtype bf16 --device cuda --json "$out/low-rank-$shape-$device.json"
