@@ -77,11 +77,11 @@ CASES = {
         TypeError,
         "top_k must be an int, got Tensor",
     ),
-    "overlapping_out": (lambda: adapters(torch.zeros(1, 3).expand(2, 3)), ValueError, "out must have each element"),
+    "overlapping_out": (lambda: adapters(torch.zeros(1, 3).expand(2, 3)), ValueError, "out must not have elements"),
     "overlapping_bias": (
         lambda: nn.update_expert_bias(torch.zeros(1).expand(2), expert_ids(2, 1)[:, 0], 0.1),
         ValueError,
-        "bias must have each element",
+        "bias must not have elements that share",
     ),
     "sparse_state": (
         lambda: stepped(optim.Adagrad(lr=0.1), sum=torch.zeros(4, 3).to_sparse()),
@@ -316,7 +316,7 @@ NUMBERS = {
     "frequencies": (
         lambda: nn.frequency_table(torch.ones(3, device="meta"), 2),
         ValueError,
-        "frequencies must have n",
+        "frequencies must hold v",
     ),
     "noises": (
         lambda: nn.load_loss(torch.ones(0, 4), torch.ones(0, 4), torch.ones(0, 2), 1),
@@ -336,12 +336,12 @@ NUMBERS = {
     "one id in training": (
         lambda: nn.SearchedDimensionEmbedding(5, 4, [1, 4], norm=True)(torch.tensor([[2]])),
         ValueError,
-        "ids must be more than one in training with norm=True",
+        "ids must be at least two in training with norm=True",
     ),
     "one hashed id in training": (
         lambda: nn.DeepHashEmbedding(5, 4, 3, num_hashes=2, num_layers=1)(torch.tensor([[2]])),
         ValueError,
-        "ids must be more than one in training with norm='batch'",
+        "ids must be at least two in training with norm='batch'",
     ),
     "seed of hashes": (
         lambda: gossamer.IdMaps.universal([5], seed=[1]),
@@ -489,7 +489,7 @@ NUMBERS = {
     "a state of sequences in one place": (
         lambda: gossamer.causal_conv1d_step(torch.ones(2, 3), torch.ones(1, 3, 4).expand(2, 3, 4), torch.ones(3, 4)),
         ValueError,
-        "state must have each element in a place of its own",
+        "state must not have elements that share memory",
     ),
     "probabilities of other experts": (
         lambda: nn.product_routing(

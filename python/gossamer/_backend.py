@@ -116,8 +116,8 @@ class Served:
     """The weights and operands that a family's kernels of one primitive accept.
 
     Attributes:
-        weights: the kinds of weights (:attr:`gossamer.ops._weights.Weight.kind`), in sets of those that one call may
-            mix; empty for a primitive without weights.
+        weights: sets of kinds of weights (:attr:`gossamer.ops._weights.Weight.kind`); one call may mix the kinds of one
+            set. Empty for a primitive without weights.
         trained: the kinds of weights that may be present when gradients are computed.
         refuses: returns why the kernels cannot serve operands like a given tensor, or None when they can. It covers
             only what the requirements of the whole family do not; None if there is nothing more to check.
@@ -191,7 +191,7 @@ _HOPPER_PRODUCT = Served(weights=(_DENSE,), trained=_DENSE, refuses=lambda x: ho
 _HOPPER_LAYER = replace(_HOPPER_PRODUCT, weights=(_UPDATED,), trained=_UPDATED)
 _BY_TRITON = Served(by="triton")
 
-# In the order in which a device's default is chosen.
+# The default of a device is the first family that serves it.
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -251,9 +251,7 @@ def takes(backend_name: str, dtype: torch.dtype) -> bool:
 
 
 def serves_weights(backend_name: str, primitive: str, kinds: Iterable[str], trains: bool) -> bool:
-    """Whether one call of a family's kernels takes weights of these kinds; ``trains`` says that a gradient is
-    wanted.
-    """
+    """Whether one call of a family's kernels takes weights of these kinds; ``trains``: whether it needs a gradient."""
     served, kinds = FAMILIES[backend_name].primitives[primitive], frozenset(kinds)
     return any(kinds <= mixed for mixed in served.weights) and (not trains or kinds <= served.trained)
 
@@ -261,7 +259,7 @@ def serves_weights(backend_name: str, primitive: str, kinds: Iterable[str], trai
 def reads_panels(codes: torch.Tensor) -> bool:
     """Whether products with quantised codes run on kernels that read panels faster than rows.
 
-    Tiles of AMX multiply few rows as many, from codes that are decoded row by row.
+    AMX kernels do not: they multiply whole tiles however few the rows, and decode the codes row by row.
     """
     if not codes.is_cpu or _forced not in (None, "native") or _NO_NATIVE is not None:
         return False

@@ -133,7 +133,7 @@ def check_dtype(name: str, value: object) -> None:
 
 
 def check_device(name: str, value: object) -> None:
-    """``value`` must be a torch.device, what names one, or None."""
+    """``value`` must be a torch.device, the name of one, or None."""
     if value is None or isinstance(value, torch.device):
         return
     if not isinstance(value, (str, int)) or isinstance(value, bool):
@@ -162,7 +162,7 @@ def check_floating(name: str, tensor: object) -> None:
 def check_has_numbers(name: str, tensor: torch.Tensor) -> None:
     """``tensor``, whose values are read, must not be on the meta device."""
     if tensor.is_meta:
-        raise ValueError(f"{name} must have numbers, got a tensor on meta")
+        raise ValueError(f"{name} must hold values, got a tensor on meta")
 
 
 def check_sequence(name: str, value: object) -> None:
@@ -172,10 +172,10 @@ def check_sequence(name: str, value: object) -> None:
 
 
 def check_written(name: str, tensor: torch.Tensor) -> None:
-    """``tensor``, which is written to, must be dense, and no stride of 0 may put two of its elements in one place."""
+    """``tensor`` must be writable: dense, and without strides of 0, by which several elements share one address."""
     check_strided(name, tensor)
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(f"{name} must have each element in a place of its own, got strides {tensor.stride()}")
+        raise ValueError(f"{name} must not have elements that share memory, got strides {tensor.stride()}")
 
 
 def check_padding_idx(padding_idx: int | None, num_rows: int) -> None:
@@ -261,7 +261,7 @@ def check_scale(name: str, scale: float | torch.Tensor) -> float:
 
 
 def check_no_gradient(function: str, other: str, **tensors: torch.Tensor | None) -> None:
-    """No tensor of a step that changes its state in place may require a gradient; ``other`` is differentiable."""
+    """No tensor may require a gradient in a ``function`` that updates its state in place; ``other`` can provide one."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
@@ -304,7 +304,7 @@ def check_float_dtype(name: str, dtype: torch.dtype, device: torch.device, backe
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Every value of ``tensor`` must be finite."""
-    # The extremes of a tensor with a NaN are NaN, and need no mask as large as the tensor.
+    # A NaN makes both extremes NaN. Unlike isfinite, aminmax allocates no mask as large as the tensor.
     if tensor.is_meta or not tensor.numel() or torch.compiler.is_compiling():
         return
     if all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
@@ -355,11 +355,11 @@ def check_traceable(name: str) -> None:
     if torch.compiler.is_compiling():
         return
     if torch.jit.is_tracing():
-        raise RuntimeError(f"torch.jit.trace cannot record {name}: take torch.export.export or torch.compile instead")
+        raise RuntimeError(f"torch.jit.trace cannot record {name}: use torch.export.export or torch.compile instead")
     if _are_functorch_transforms_active() and any(
         interpreter.key() == TransformType.Vmap for interpreter in get_interpreter_stack() or ()
     ):
         raise RuntimeError(
-            f"torch.func.vmap cannot take {name}, which sends each sample to experts of its own: for gradients of "
-            "single samples call torch.func.grad in a loop over them"
+            f"torch.func.vmap cannot map over {name}, which sends each sample to different experts: for per-sample "
+            "gradients call torch.func.grad in a loop over the samples"
         )

@@ -63,7 +63,7 @@ def profile(
     Raises:
         ImportError: the extra ``bench`` is not installed.
         TypeError: ``module`` or ``reference`` cannot be called.
-        ValueError: a file cannot be written, the budget is not positive, or ``backward`` with nothing that requires a
+        ValueError: a file cannot be written, the budget is not positive, or ``backward`` is set and nothing requires a
             gradient.
     """
     return _bench("profile").profile(

@@ -10,10 +10,10 @@ from torch.compiler import is_compiling
 
 from gossamer import _backend
 
-# Row after row; or in panels of 16 rows, whose words of four bytes take turns.
+# Row after row; or in panels, which interleave the four-byte words of 16 rows.
 ROWS, PANELS = LAYOUTS = ("rows", "panels")
 _PANEL_ROWS, _WORD = 16, 4
-# Rows come in two panels, so that the halves of a gated layer's first weight are whole panels each.
+# N must be a multiple of two panels, so that each half of a gated layer's first weight is made of whole panels.
 _ROW_UNIT = 2 * _PANEL_ROWS
 
 
@@ -30,7 +30,7 @@ def fits_panels(shape: tuple[int, ...]) -> bool:
 
 
 def arranged(codes: torch.Tensor, layout: str) -> torch.Tensor:
-    """A copy of contiguous codes ``(E, N, ...)`` of one byte an item, brought from the other layout into this one.
+    """A copy of contiguous one-byte codes ``(E, N, ...)``, converted into ``layout`` from the other layout.
 
     In panels, word i of row r is word ``16·i + r % 16`` of the panel ``r // 16``.
     """
@@ -51,7 +51,7 @@ def arranged(codes: torch.Tensor, layout: str) -> torch.Tensor:
 def gain_from_panels(buffers: dict[str, torch.Tensor | None], name: str) -> bool:
     """Whether products read the codes ``buffers[name]`` faster in panels, and nothing else refers to them.
 
-    Never in compiled or traced code, which would keep the copy.
+    False in compiled or traced code, which would hold on to the rearranged copy.
     """
     if is_compiling() or (codes := buffers.get(name)) is None or type(codes) is not torch.Tensor:
         return False
@@ -62,7 +62,7 @@ def gain_from_panels(buffers: dict[str, torch.Tensor | None], name: str) -> bool
     storage, count_users = codes.untyped_storage(), getattr(torch._C, "_storage_Use_Count", None)
     if storage.nbytes() != codes.nbytes or storage.is_shared() or count_users is None:
         return False
-    # Of the storage, the tensor and the object made here; of the tensor, the buffer, this name and an argument.
+    # The tensor and ``storage`` refer to the storage; the buffer, ``codes`` and getrefcount's argument to the tensor.
     return count_users(storage._cdata) <= 2 and sys.getrefcount(codes) <= 3
 
 

@@ -65,8 +65,8 @@ def encode(
 def scale_slope(w: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``Σ_j g_j·δ_j`` of rows ``w (n, D)`` with gradients ``g``: the derivative of the loss in each row's scale.
 
-    δ is that of ``clip(round(v))·scale`` at ``v = w/scale`` with rounding taken for the identity: ``round(v) − v``, and
-    the end of the range where v lies beyond it.
+    δ is the derivative of ``clip(round(v))·scale`` in the scale, at ``v = w/scale`` and with rounding differentiated as
+    the identity: ``round(v) − v``, or the end of the range if v lies beyond it.
     """
     limits = torch.iinfo(dtype)
     v = w / scale

@@ -34,7 +34,7 @@ def version(tensors: Iterable[torch.Tensor]) -> int:
 def mark(structure: object, tensors: Iterable[torch.Tensor]) -> None:
     """Mark a structure as checked with its ``tensors`` as they are now."""
     if not is_compiling():
-        # Not through __dict__: once that was read, Python reads all attributes more slowly.
+        # Not through __dict__: after its first use, Python reads all of the object's attributes more slowly.
         object.__setattr__(structure, CHECKED, version(tensors))
 
 

@@ -121,9 +121,7 @@ class Optimizer:
         return RULES[self.rule].states
 
     def reads_rows(self) -> bool:
-        """Whether the step of an element depends on its whole row, or on its column's index, and not on the element
-        alone.
-        """
+        """Whether the step of an element depends on more than the element: on its whole row or its column's index."""
         row_states = "row" in self.state_kinds().values()
         return row_states or self.rule == "lamb" or self.clip_norm is not None or self.stochastic_rounding
 

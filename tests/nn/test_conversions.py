@@ -62,7 +62,7 @@ def test_tracing_and_vmap_are_refused(make):
     layer, x = make(), torch.randn(5, 16)
     more = () if isinstance(layer, MoE) else (torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
     name = type(layer).__name__
-    with pytest.raises(RuntimeError, match=f"torch.jit.trace cannot record {name}: take torch.export.export"):
+    with pytest.raises(RuntimeError, match=f"torch.jit.trace cannot record {name}: use torch.export.export"):
         torch.jit.trace(layer, (x, *more))
     parameters = dict(layer.named_parameters())
 
@@ -71,7 +71,7 @@ def test_tracing_and_vmap_are_refused(make):
         return torch.func.functional_call(layer, parameters, rows).square().sum()
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, *(0 for _ in more)))
-    with pytest.raises(RuntimeError, match=f"torch.func.vmap cannot take {name}.*call torch.func.grad in a loop"):
+    with pytest.raises(RuntimeError, match=f"torch.func.vmap cannot map over {name}.*call torch.func.grad in a loop"):
         each(parameters, x, *more)
     # What the sentence says: a loop over the samples, whose gradients add up to those of the batch.
     samples = [torch.func.grad(loss)(parameters, x[i], *(m[i] for m in more)) for i in range(5)]

@@ -212,7 +212,7 @@ BY_HAND = {
     ),
     "beyond": ({"slots": lambda t: t + 100}, ValueError, r"dispatch.slots must be in \[0, T·K=8\), got .* 100 to 107"),
     "offsets": ({"offsets": lambda t: t + 1000}, ValueError, "must ascend from 0 to at most 8 rows, got 1000 to 1005"),
-    "falling": ({"offsets": lambda t: t.flip(0).contiguous()}, ValueError, "got a fall after 5"),
+    "falling": ({"offsets": lambda t: t.flip(0).contiguous()}, ValueError, "got a decrease after 5"),
     "foreign rows": ({"rows": torch.zeros_like}, ValueError, "dispatch.rows must be the inverse of dispatch.slots"),
     "meta": ({"rows": lambda t: t.to("meta")}, ValueError, "dispatch.rows must be on the device of dispatch.slots"),
     "a bound below": ({"max_rows": lambda _: 2}, ValueError, "must ascend from 0 to at most 2 rows, got 0 to 5"),

@@ -174,7 +174,8 @@ def bags_of_columns(bags: Bags, rows: torch.Tensor, dout: torch.Tensor, drop: bo
         weights = None if weights is None else weights.repeat_interleave(times, 0)
         return Bags(rows, weights=weights, drop=drop), dout.reshape(count * times, columns)
     length, offsets = bags.index.shape[0], bags.offsets.long()
-    # The bags of one column follow those of the one before. Positions outside all bags have no rows and may lie in any.
+    # The bags of one column follow those of the previous one. Positions outside all bags have row −1, so it does not
+    # matter which bag they end up in.
     starts = offsets[:-1] + torch.arange(times, device=offsets.device).unsqueeze(1) * length
     starts = torch.cat([starts.flatten(), starts.new_full((1,), times * length)])
     weights = None if weights is None else weights.repeat(times)
@@ -183,7 +184,9 @@ def bags_of_columns(bags: Bags, rows: torch.Tensor, dout: torch.Tensor, drop: bo
 
 
 def elements_of_blocks(bags: Bags, dout: torch.Tensor) -> tuple[Bags, torch.Tensor]:
-    """Bags of the elements of blocks of D that begin at the ids, and the gradient of each, given ``dout (B, D)``."""
+    """Bags of single elements from bags of blocks of D elements, whose ids are the first elements; and ``dout (B, D)``
+    divided among the new bags.
+    """
     first = bags.index.reshape(-1, 1)
     elements = first + torch.arange(dout.shape[1], device=dout.device, dtype=first.dtype)
     return bags_of_columns(bags, torch.where(first < 0, first, elements), dout, bags.drop)
@@ -310,7 +313,7 @@ def _whole_offsets(index, offsets, include_last_offset):
 
 
 def check_weights(index: torch.Tensor, weights: torch.Tensor | None, backend: str, name: str = "index") -> None:
-    """Per-sample weights are floating and shaped like the ids, which are called ``name``."""
+    """Check that per-sample weights are floating and have the shape of the ids, which the caller calls ``name``."""
     if weights is not None:
         check_tensor("weights", weights)
         check_float("weights", weights, backend)

@@ -46,7 +46,7 @@ class DeltaRule(NamedTuple):
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
-        """The shape of the states before and after."""
+        """The shape of the initial and the final state."""
         return self.num_sequences, self.v.shape[2], self.q.shape[3], self.v.shape[3]
 
 

@@ -65,7 +65,7 @@ def check_groups(
         return
     first, last, falls = int(offsets[0]), int(offsets[-1]), (offsets.diff() < 0).nonzero()
     if first != 0 or last > num_rows or falls.numel():
-        got = f"a fall after {int(offsets[falls[0, 0]])}" if falls.numel() else f"{first} to {last}"
+        got = f"a decrease after {int(offsets[falls[0, 0]])}" if falls.numel() else f"{first} to {last}"
         raise ValueError(f"{of_offsets} must ascend from 0 to at most {num_rows} rows, got {got}")
     if not num_slots:
         return
@@ -77,6 +77,6 @@ def check_groups(
     if wrong.numel():
         row = int(wrong[0, 0])
         raise ValueError(
-            f"{of_rows} must be the inverse of {of_slots}, each slot there once, got row {int(found[row])} for slot "
-            f"{int(slots[row])} of row {row}"
+            f"{of_rows} must be the inverse of {of_slots}, which holds each slot once, got row {int(found[row])} for "
+            f"slot {int(slots[row])} of row {row}"
         )

@@ -118,7 +118,7 @@ class _Prober:
         return (-2 if stay and not evicts else -1), False
 
     def pin(self, slot: int, batch: Batch) -> None:
-        """Keep the batch from evicting a slot whose score does not show that the batch has touched it."""
+        """Mark a slot as touched by the batch, which must not evict it, unless the scores already show that."""
         if batch.stamps:
             return
         bucket = self.a["buckets"][slot // BUCKET_SLOTS]

@@ -8,7 +8,7 @@ import torch
 def may_overwrite(saved: torch.Tensor) -> bool:
     """Whether this backward pass frees its graph and holds the only reference to ``saved``; never under a tracer.
 
-    Not while the backward pass is recorded: an operator that overwrites has no derivative.
+    False while the backward pass itself is recorded, because an operator that overwrites its input has no derivative.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(saved) is not torch.Tensor:
         return False

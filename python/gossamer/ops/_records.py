@@ -288,8 +288,8 @@ class Operator:
         register_autograd(self.name, differentiate, setup_context)
 
         class Direct(torch.autograd.Function):
-            """The same operator without the dispatcher; its inputs are the tensors that require a gradient, then five
-            others.
+            """The same operator without the dispatcher. Its inputs are the tensors that require a gradient, then the
+            five that ``forward`` unpacks.
             """
 
             @staticmethod
@@ -348,7 +348,7 @@ def define_gradients(
         name: of the operator.
         record: of its arguments, as for :func:`define`; its field ``needs: list[str]`` names the gradients wanted.
         arguments: names of all differentiable arguments, in the order of the operator's results.
-        kernel: ``(args, backend) -> gradients``, those needed alone.
+        kernel: ``(args, backend) -> gradients``, only those needed.
         fake: ``args -> gradients``, the shape-only implementation.
         mutates: as for :func:`define`.
 

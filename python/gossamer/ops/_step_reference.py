@@ -54,7 +54,7 @@ def _rowwise_adagrad(rule, w, grad, states, t, lr, rows):
 
 
 def _ftrl(rule, w, grad, states, t, lr, rows):
-    # With a condition, torch.where would turn a Python number into float32, whatever the table's dtype.
+    # As a tensor: torch.where(condition, number, ...) would give float32 whatever the table's dtype.
     lr = torch.as_tensor(lr, dtype=w.dtype, device=w.device)
     steps = lr != 0
     lr = torch.where(steps, lr, 1)

@@ -20,7 +20,7 @@ INT4_ZERO = 8
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_BIAS = 127
 E8M0_NAN = 255
-# How products take rows of x: as they are, or rounded to 8 bits, beside weights whose codes are whole numbers.
+# How products read the rows of x: as they are, or rounded to 8 bits, which needs weights with integer codes.
 ACTIVATIONS = ("float", "int8")
 WHOLE_FORMATS = ("int8", "int4", "mxfp4")
 # At most _INT8_GROUP columns of x share a scale. Columns that are all below _INT8_LEAST are rounded to zero.
@@ -71,8 +71,8 @@ class Weight(NamedTuple):
         b: ``(..., N, r)``.
         factor: factor of the update.
         bias: ``(N,)`` or ``(E, N)``, added to the weight's products; or None.
-        activations: ``"float"``, or ``"int8"`` if products take rows as :func:`round_rows` rounds them.
-        layout: of a stack's codes, as of :class:`gossamer.QuantizedExpertWeight`.
+        activations: ``"float"``, or ``"int8"`` if products round their rows as :func:`round_rows` does.
+        layout: the layout of a stack's codes; see :class:`gossamer.QuantizedExpertWeight`.
     """
 
     data: torch.Tensor
@@ -93,7 +93,7 @@ class Weight(NamedTuple):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """The values of a dense weight; None of a quantised one."""
+        """The values of a dense weight; None for a quantised one."""
         return self.data if self.format == "dense" else None
 
     @property
@@ -143,14 +143,14 @@ class Weight(NamedTuple):
 
 
 def round_rows(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """The rows ``x (..., C)`` as products with a weight of ``"int8"`` activations take them, in float32 or float64.
+    """The rows ``x (..., C)`` rounded as in products with a weight of ``"int8"`` activations, in float32 or float64.
 
-    Of each g columns, those that share a scale of the weight but at most 128::
+    For each group of g columns, where g is the number that share a scale of the weight, but at most 128::
 
         s = max |x| / 127,    q = round(x · 127 / max |x|),    x̂ = q · s
 
-    in float32, halves to even, so that ``|x̂ − x| <= s / 2`` but for the rounding of float32. A group below 2⁻¹⁰⁰ is
-    zero, and one that holds a value that is not finite is NaN. The gradient of x is that of x̂.
+    in float32, halves to even, so that ``|x̂ − x| <= s / 2`` up to float32 rounding. A group with ``max |x|`` below
+    2⁻¹⁰⁰ becomes zero, and one with a value that is not finite becomes NaN. The gradient of x is that of x̂.
     """
     wide, c = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     if x.numel() == 0:
@@ -166,9 +166,9 @@ def round_rows(x: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 
 def as_weight(name: str, weight: object, expected: tuple[int | None, ...], symbols: str) -> Weight:
-    """The operand of a tensor or a quantised weight of that shape; a quantised one must not require a gradient.
+    """Turn a tensor or a quantised weight into an operand; a quantised one must not require a gradient.
 
-    ``expected`` and ``symbols`` as those of :func:`gossamer._checks.check_shape`.
+    ``expected`` and ``symbols`` are those of :func:`gossamer._checks.check_shape`.
     """
     # Tensors first: looking up an attribute that a tensor lacks takes half a microsecond.
     if isinstance(weight, torch.Tensor) or not hasattr(weight, "operand"):

@@ -20,7 +20,7 @@ class Activate(NamedTuple):
 
     Attributes:
         preact: ``(R, 2I)``, or ``(R, I)`` when not gated.
-        activation: which, with its constants.
+        activation: the activation with its constants.
         interleaved: whether gate and up alternate along 2I.
     """
 
@@ -30,7 +30,7 @@ class Activate(NamedTuple):
 
 
 class ActivateBackward(NamedTuple):
-    """Arguments of its gradient: :class:`Activate`, and ``dact (R, I)``, the gradient of the result."""
+    """Arguments of the backward pass: those of :class:`Activate`, and ``dact (R, I)``, the gradient of the result."""
 
     dact: torch.Tensor
     forward: Activate

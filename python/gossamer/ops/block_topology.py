@@ -77,7 +77,7 @@ class BlockTopology:
         column_indices: ``(nnz,)`` int32, the block column of each block.
         row_indices: ``(nnz,)`` int32, the block row of each block.
         order: ``(nnz,)`` int32, the position of each block in ``values``; None if that is the order of this list.
-        column_offsets: ``(cols/bn + 1,)`` int32, the same for the list that goes column by column, each by row.
+        column_offsets: ``(cols/bn + 1,)`` int32, the same for the second list: column by column, and by row within one.
         row_indices_t: ``(nnz,)`` int32, the block row of each block of that list.
         column_indices_t: ``(nnz,)`` int32, the block column of each.
         order_t: like ``order`` for that list.
@@ -310,19 +310,20 @@ class BlockTopology:
     def padded_slots(self, dispatch: Dispatch) -> torch.Tensor:
         """``(rows,)`` int32: the slot ``t·K + k`` of each padded row, R for padding. For gathering tokens.
 
-        ``dispatch`` is the one that the topology was made from, else ``ValueError``, where that shows.
+        ``dispatch`` must be the one that the topology was made from. A ``ValueError`` is raised if the number of
+        experts differs, and on the CPU also if an expert has more rows than the topology has room for.
         """
         return self.padded_places(dispatch)[0]
 
     def padded_rows(self, dispatch: Dispatch) -> torch.Tensor:
         """``(R,)`` int32: the padded row of each slot ``t·K + k``, ``rows`` for a dropped one. For gathering results.
 
-        ``dispatch`` is the one that the topology was made from, else ``ValueError``, where that shows.
+        ``dispatch`` and errors are as for :meth:`padded_slots`.
         """
         return self.padded_places(dispatch)[1]
 
     def padded_places(self, dispatch: Dispatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both :meth:`padded_slots` and :meth:`padded_rows`, which are found together."""
+        """Both :meth:`padded_slots` and :meth:`padded_rows`, in one computation."""
         check_is_dispatch(dispatch)
         check_topology(self)
         if self.padded_offsets is None or self.padded_offsets.shape[0] != dispatch.num_experts + 1:
@@ -410,8 +411,8 @@ def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTop
 
 
 def _sizes_alone(grid: tuple[int, int], block: tuple[int, int], nnz: int) -> BlockTopology:
-    """A topology on meta, made from shapes only, because torch's prefix sums on meta square their length, which
-    overflows.
+    """A topology on meta, made from shapes alone: torch's cumsum on meta computes the square of the length, which can
+    overflow.
     """
     rows, cols = grid
 
@@ -456,7 +457,7 @@ def _check_list(topology: BlockTopology, rows: str, across: str, suffix: str) ->
     if (bad := own[:live] != expected).any():
         at = int(bad.nonzero()[0])
         raise ValueError(
-            f"topology.{rows}_indices{suffix} must say whose list each block is in, {int(expected[at])} at position "
+            f"topology.{rows}_indices{suffix} must be the {rows} that lists the block, {int(expected[at])} at position "
             f"{at}, got {int(own[at])}"
         )
     step = (own[:live].long() * size[1] + indices[:live]).diff()
@@ -467,7 +468,7 @@ def _check_list(topology: BlockTopology, rows: str, across: str, suffix: str) ->
 
 
 def _check_contents(topology: BlockTopology) -> None:
-    """Check both lists, that they have the same blocks, ``order`` from one to the other, and the experts' rows."""
+    """Check both lists, the order that maps the blocks of one to the other, and the offsets of the experts' rows."""
     if topology.padded_offsets is not None:
         check_offsets("topology.padded_offsets", topology.padded_offsets, topology.shape[0])
     _check_list(topology, "row", "column", "")
@@ -497,7 +498,7 @@ def _is_remembered(topology: object) -> bool:
         columns = t.column_offsets._version + t.row_indices_t._version + t.column_indices_t._version
         return checked == rows + columns + order._version
     except (AttributeError, RuntimeError):
-        return False  # another object, or some inference tensors among others
+        return False  # not a topology, or only some of its tensors are inference tensors
 
 
 def check_topology(topology: object) -> None:
@@ -534,7 +535,7 @@ def check_topology(topology: object) -> None:
 
 
 def check_parts(topology: object) -> None:
-    """Check a topology that was never checked; products only look whether its tensors were written to since."""
+    """Check a topology that was never checked; later changes in place are found by the products."""
     if is_compiling() or not isinstance(topology, BlockTopology) or topology._checked_version is None:
         check_topology(topology)
 

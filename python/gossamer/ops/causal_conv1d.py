@@ -57,7 +57,7 @@ class CausalConv(NamedTuple):
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        """The shape of the states before and after."""
+        """The shape of the initial and the final state."""
         size = self.weight.shape[1] - 1 if self.initial_state is None else self.initial_state.shape[2]
         return self.num_sequences, self.x.shape[2], size
 
@@ -72,7 +72,7 @@ DIFFERENTIABLE = ("x", "weight", "bias", "initial_state")
 
 
 class CausalConvBackward(NamedTuple):
-    """Arguments of its gradients: those of its results, and names of the fields whose gradients are wanted."""
+    """Arguments of the backward pass: the gradients of the results, and the names of the fields that need one."""
 
     dy: torch.Tensor
     dfinal_state: torch.Tensor | None
@@ -259,7 +259,7 @@ def causal_conv1d(
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""Convolve each channel with its own few taps, looking back along the sequence.
+    r"""Convolve each channel with its own filter of a few taps, over the current and earlier positions.
 
     ``y[t, c] = act(bias[c] + Σ_i weight[c, i] · x[t − (W − 1) + i, c])``, where inputs before the first are those of
     ``initial_state``, or zeros. It takes one pass over ``x``, with sums in float32 (float64 for float64) and one

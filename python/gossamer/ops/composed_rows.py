@@ -1,4 +1,4 @@
-"""The rows that compose the vector of an id: which they are, how they are combined, and what of it is checked."""
+"""The rows that compose the vector of an id: how they are found and combined, and the checks of both."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Parts(NamedTuple):
         codes: ``(F, ...)``, codes of the first F ids: bytes that hold ``coded`` codes each, packed lowest bit first, or
             int32 ``(F, coded)``; None where no part is coded.
         rare: the same for the ids that follow, or None.
-        bits: of a code of ``codes`` and of ``rare``, 32 where they are int32.
+        bits: bits per code in ``codes`` and in ``rare``; 32 for int32.
         block: 0, or Z if parts are blocks of Z consecutive elements of an array ``(M, 1)``, at the positions that the
             maps give; blocks are concatenated and cut off at D.
         wrap: whether blocks continue at the start of the array. Maps then give positions below their prime p, and
@@ -83,7 +83,7 @@ class Parts(NamedTuple):
 
     @property
     def listed(self) -> int:
-        """What the gradient lists of an id: H rows or first elements of whole blocks, or the D elements of others."""
+        """Entries per id in the gradient's lists: H rows or first elements of whole blocks, else D single elements."""
         return self.maps.count if self.whole_blocks else self.places
 
 
@@ -146,14 +146,14 @@ def composed_rows(ids: torch.Tensor, parts: Parts, num_rows: int) -> torch.Tenso
 
 
 def combine_rows(rows: torch.Tensor, parts: Parts) -> torch.Tensor:
-    """Vectors ``(L, D)`` of table rows ``(L, H, C)``."""
+    """Combine the H rows of each id, ``(L, H, C)``, into its vector, ``(L, D)``."""
     if parts.operation == "add":
         return rows.sum(1)
     return rows.prod(1) if parts.operation == "mul" else rows.flatten(1)
 
 
 def counts_of(bags: Bags, live: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Ids of each bag that contribute, at least 1."""
+    """The number of contributing ids in each bag, at least 1."""
     numbers = torch.where(live, bags.numbers(), bags.num_bags)
     return count_by_bag(numbers, bags.num_bags + 1, dtype)[:-1]
 
@@ -181,7 +181,7 @@ def check_parts(parts: object, ids: torch.Tensor, num_rows: int) -> None:
     """
     if not isinstance(parts, Parts) or not isinstance(parts.maps, IdMaps):
         raise TypeError(f"parts must be gossamer.Parts with maps, got {type(parts).__name__}")
-    # Looked at without a call, as each lookup asks.
+    # Compared inline before any call, because every lookup runs this check.
     if not type(parts.coded) is type(parts.dim) is type(parts.block) is int or type(parts.wrap) is not bool:
         check_sizes(**{f"parts.{name}": getattr(parts, name) for name in ("coded", "dim", "block")})
         check_flag("parts.wrap", parts.wrap)

@@ -299,8 +299,8 @@ def delta_rule(
     every few chunks are saved, and the rest is computed again. Products of decays are exponentials of sums that are at
     most 0: long products do not overflow, and ``g = −inf`` clears the state.
 
-    With ``A_log``, ``g`` is a raw gate, from which the decay is ``−exp(A_log)·softplus(g + dt_bias)``, or with
-    ``lower_bound`` ``lower_bound·sigmoid(exp(A_log)·(g + dt_bias))``.
+    With ``A_log``, ``g`` is a raw gate. The log decay is then ``−exp(A_log)·softplus(g + dt_bias)``, or, if
+    ``lower_bound`` is given, ``lower_bound·sigmoid(exp(A_log)·(g + dt_bias))``.
 
     Args:
         q: ``(B, T, H_k, D_k)`` float.

@@ -110,7 +110,7 @@ def check_dispatch(dispatch: object) -> None:
                 if checked == dispatch.slots._version + dispatch.rows._version + dispatch.offsets._version:
                     return
         except (AttributeError, RuntimeError):
-            pass  # of other objects, or of some inference tensors among others
+            pass  # not a dispatch, or only some of its tensors are inference tensors
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
     if is_compiling():

@@ -96,7 +96,7 @@ class ExpertMlp(NamedTuple):
         down: W2 ``(E, O, I)``, with b2.
         groups: the R rows by expert.
         weights: ``(T, K)`` routing weights.
-        activation: which, with its constants.
+        activation: the activation with its constants.
         interleaved: whether gate and up alternate along 2I.
         save: whether to save intermediate results for the backward pass.
     """
@@ -126,7 +126,7 @@ class ExpertMlpBackward(NamedTuple):
         preact: the pre-activation ``(R, 2I)`` of sorted rows.
         s1: ``x·aᵀ (R, r)`` of the update of W1, in float32 or float64; None without an update.
         s2: ``act·aᵀ (R, r)`` of the update of W2.
-        needs: of :data:`GRADIENTS`.
+        needs: names of the needed gradients, among :data:`GRADIENTS`.
     """
 
     dy: torch.Tensor
@@ -245,7 +245,7 @@ def _product(rows: torch.Tensor, weight: Weight, dispatch: Dispatch, x_grouped: 
     s = rows_by_weight(rows, a, dispatch, x_grouped, True, backend)
     update = rows_by_weight(s, b, dispatch, True, True, backend)
     if abs(weight.factor) > torch.finfo(y.dtype).max:
-        # Refused as alpha; a product overflows to infinity, as in the fused kernels.
+        # torch.add refuses such an alpha; this product overflows to infinity, as in the fused kernels.
         return y + update * weight.factor
     return torch.add(y, update, alpha=weight.factor)
 

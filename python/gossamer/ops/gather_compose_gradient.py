@@ -164,7 +164,7 @@ def _sums_rows(args: GatherCompose, backend: str) -> bool:
 def row_gradients(args: GatherCompose, dout: torch.Tensor, backend: str) -> tuple[Bags, torch.Tensor]:
     """The table's gradient in the form of a sum over bags of its rows: the lists, and one gradient per bag.
 
-    Of whole blocks the lists hold first elements; of a small table, each row at most once.
+    For whole blocks the lists hold their first elements; for a small table, each row at most once.
     """
     if _sums_rows(args, backend):
         wide = accumulation_dtype(args.table.dtype)

@@ -125,7 +125,7 @@ def _differentiate(ctx, args: GatherMatmul, tensors, dout: torch.Tensor):
         factor = share if factor is None else factor * share
     left, right = by = rows.unbind(1)
     if bags.offsets is not None or bags.padding_idx >= 0 or backend != "native":
-        # Positions that contribute nothing are those of no row.
+        # Positions that contribute nothing are assigned to a row past the end.
         by = [torch.where(own < 0, table.shape[0], own) for own, table in zip(by, (args.left, args.right), strict=True)]
     if "left" in ctx.needs:
         paired = torch.stack([numbers.to(rows.dtype), right], 1)
@@ -185,7 +185,7 @@ def gather_matmul(
 
     Returns:
         ``(B, M·N)`` in the tables' dtype, accumulated in float32 (float64 for float64); empty bags are zero.
-        Differentiable in ``left``, ``right`` (what positions add to a row is summed in their order) and ``weights``.
+        Differentiable in ``left``, ``right`` (a row's gradient is summed in the order of positions) and ``weights``.
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype is not supported.

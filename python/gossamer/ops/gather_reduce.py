@@ -110,8 +110,8 @@ def transpose_bags(
     """The lists of :func:`gather_reduce` sorted by id, stably.
 
     Returns:
-        The sorted ids with ``num_rows`` for those that contribute nothing, last; the bag of each; and its factor in
-        ``dtype``: its weight, for a mean over its bag's live ids; None for ones.
+        The sorted ids, where those that contribute nothing are ``num_rows`` and come last; the bag of each; and its
+        factor in ``dtype``, which is its weight, for a mean divided by the number of its bag's live ids; None for ones.
     """
     numbers = bags.numbers()
     live = bags.live(num_rows, numbers)

@@ -565,7 +565,7 @@ class HashTable:
         return values.detach()
 
     def _check_marks(self, name: str, array: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-        """Check for one value per slot: kernels write without bounds checks."""
+        """Check that an array has one value per slot, because kernels write without bounds checks."""
         check_tensor(name, array)
         check_shape(name, array, (self.values.shape[0],), "(slots,), one for each row of values")
         if array.dtype not in dtypes:
@@ -590,7 +590,7 @@ class HashTable:
     def _check_scores(self, scores: torch.Tensor | None, count: int) -> torch.Tensor | None:
         if scores is None:
             if self.evict == "score":
-                raise ValueError("scores must be given: evict='score' has no others")
+                raise ValueError("scores must be given with evict='score', got None")
             return None
         if self.evict not in ("score", *_COUNTING):
             raise ValueError(f"scores must be None with evict={self.evict!r}, which sets its own")

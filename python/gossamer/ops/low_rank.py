@@ -96,7 +96,7 @@ class LowRank(NamedTuple):
 
 
 class LowRankBackward(NamedTuple):
-    """Arguments of its gradients.
+    """Arguments of the backward pass.
 
     Attributes:
         dy: ``(M, N)``.
@@ -244,7 +244,7 @@ def base_linear(
 ) -> torch.Tensor:
     """``x·Wᵀ + bias`` as :func:`low_rank_linear` computes it: for few rows, faster than torch on the CPU.
 
-    On the CPU codes are decoded within the product: a row costs as much time as reading the codes.
+    On the CPU codes are decoded within the product, so one row takes about the time of reading the codes once.
 
     Args:
         x: ``(M, C)`` float.
@@ -254,7 +254,7 @@ def base_linear(
 
     Returns:
         ``(M, N)`` in the dtype of ``x``, under ``torch.autocast`` in its dtype; differentiable in ``x``, ``bias`` and a
-        float ``weight``. It is not a view, because autograd copies what is added in place to a view.
+        float ``weight``. It is not a view, because an in-place addition to a view makes autograd copy it.
 
     Raises:
         TypeError: dtypes differ.

@@ -43,7 +43,7 @@ class IdMaps:
     Raises:
         TypeError: a number is not an int.
         ValueError: a number is out of its range, lists differ in length, or a divisor is given without a limit or a
-            prime, which would make the quotient one of 64-bit numbers without a sign.
+            prime, which would need a division of unsigned 64-bit numbers.
     """
 
     moduli: list[int]
@@ -77,7 +77,7 @@ class IdMaps:
                     raise TypeError(f"{name} must be ints, got {value!r}")
                 if not low <= value < high:
                     raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
-            object.__setattr__(self, name, tuple(values))  # what was checked stays as it is
+            object.__setattr__(self, name, tuple(values))  # a copy, which the caller cannot change after the check
         check_positive(**{"the number of maps": len(self.moduli)})
         if self.mixed and limit:
             raise ValueError(f"limit must be 0 where ids are mixed, got {limit}")
@@ -173,7 +173,7 @@ def _fold(x: torch.Tensor) -> torch.Tensor:
 
 
 def _mersenne_affine(x: torch.Tensor, multiplier: int, addend: int) -> torch.Tensor:
-    """``(a·x + b) mod (2⁶¹−1)`` of ``x`` below it, by products of 31-bit halves.
+    """``(a·x + b) mod (2⁶¹−1)`` for ``x`` below 2⁶¹−1, by products of 31-bit halves.
 
     Modulo 2⁶¹−1, 2⁶² equals 2. The middle product, which has the factor 2³¹, is split at bit 30; its upper part has the
     factor 2⁶¹, which equals 1.

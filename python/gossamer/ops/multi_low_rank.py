@@ -105,7 +105,7 @@ def row_adapters(routing: Dispatch) -> torch.Tensor:
 
 
 def _check_ids(adapter_ids: torch.Tensor, x: torch.Tensor) -> None:
-    """An id for each row of ``x (..., C)``."""
+    """``adapter_ids`` must hold one id for each row of ``x (..., C)``."""
     check_index("adapter_ids", adapter_ids)
     check_shape("adapter_ids", adapter_ids, tuple(x.shape[:-1]), "that of x but its last dimension")
     check_same_device(x=x, adapter_ids=adapter_ids)
@@ -146,20 +146,20 @@ class MultiLowRank(NamedTuple):
 
 
 class MultiLowRankAdd(NamedTuple):
-    """Arguments of the same added in place to ``out (..., N)``, which is contiguous."""
+    """Arguments of the updates added in place to ``out (..., N)``, which is contiguous."""
 
     out: torch.Tensor
     update: MultiLowRank
 
 
 class MultiLowRankBackward(NamedTuple):
-    """Arguments of its gradients.
+    """Arguments of the backward pass.
 
     Attributes:
         dy: ``(M, N)``.
         s: the ``x·aᵀ`` that the forward pass saved.
         forward: the complete arguments of the forward pass.
-        needs: names of what wants a gradient, among :data:`GRADIENTS`.
+        needs: names of the needed gradients, among :data:`GRADIENTS`.
     """
 
     dy: torch.Tensor
@@ -346,8 +346,8 @@ def multi_low_rank(
     Raises:
         TypeError: an argument is not a tensor, or a dtype is not supported, or dtypes differ.
         ValueError: shapes or devices do not fit, the rank is 0 or beyond the matrix.
-        IndexError: on the CPU, an id outside ``[−1, A)`` or a rank outside ``[0, r]``; on CUDA such a row has no
-            adapter, and such a rank is r.
+        IndexError: on the CPU, an id outside ``[−1, A)`` or a rank outside ``[0, r]``; on CUDA a row with such an id
+            has no adapter, and such a rank is taken as r.
     """
     c = last_size("x", x, "(..., C)")
     check_shape("a", a, (None, None, c), "(A, r, C)")
@@ -449,8 +449,8 @@ def multi_low_rank_linear(
         Under ``torch.autocast`` in its dtype.
 
     Raises:
-        TypeError: as :func:`multi_low_rank`, of ``weight`` and ``bias`` too.
-        ValueError: as :func:`multi_low_rank`, of ``weight`` and ``bias`` too.
+        TypeError: as :func:`multi_low_rank`, and for ``weight`` and ``bias``.
+        ValueError: as :func:`multi_low_rank`, and for ``weight`` and ``bias``.
         IndexError: as :func:`multi_low_rank`.
     """
     quantized = not isinstance(weight, torch.Tensor) and hasattr(weight, "operand")

@@ -1,4 +1,4 @@
-"""The highest sums of one score from each of two lists: retrieval by product keys."""
+"""The highest sums of two scores, one from each of two lists: retrieval by product keys."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ProductKeySearch(NamedTuple):
 
 
 class ProductKeyTopkBackward(NamedTuple):
-    """Arguments of its gradient.
+    """Arguments of the backward pass.
 
     Attributes:
         dvalues: ``(R, K)``.
@@ -289,7 +289,7 @@ def product_key_topk(scores1: torch.Tensor, scores2: torch.Tensor, top_k: int) -
     rows1, rows2 = (s.reshape(math.prod(leading), s.shape[-1]).to(wide) for s in (scores1, scores2))
     backend = _backend.resolve("product_key_topk", scores1)
     if backend not in _FITS or wide != torch.float32 or not _FITS[backend](sizes, top_k):
-        # Values by plain gathers, which every transform differentiates.
+        # Plain gathers compute the values again, because every transform can differentiate them.
         detached = ProductKeyTopk(rows1.detach(), rows2.detach(), top_k)
         values, ids = _product_key_topk(detached, "reference")
         if torch.is_grad_enabled() and (rows1.requires_grad or rows2.requires_grad):

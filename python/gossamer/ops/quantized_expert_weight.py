@@ -42,7 +42,7 @@ def check_format(weight_format: str) -> None:
 
 
 def check_activations(activations: str, weight_format: str) -> None:
-    """``activations`` must be ``"float"``, or ``"int8"`` beside a format whose codes are whole numbers."""
+    """``activations`` must be ``"float"``, or ``"int8"`` with a format whose codes are integers."""
     if not isinstance(activations, str) or activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
     if activations == "int8" and weight_format not in WHOLE_FORMATS:
@@ -96,10 +96,10 @@ class QuantizedExpertWeight:
     infinity. ``mxfp4`` is the OCP microscaling format (2023), ``fp8_block`` DeepSeek-V3's (2024).
 
     Products use the values of :meth:`dequantize`, in the dtype of their other operand or more exactly.
-    With ``activations="int8"`` they also round that operand, so that they multiply whole numbers: each row, in groups
-    of the weight's columns (of 128 for ``int8``), becomes ``q·s`` with ``s = max |x| / 127`` and ``q = round(x / s)``.
-    A value moves by at most ``s / 2``, so ``y[n]`` by at most ``Σ |w[n, c]|·s[c] / 2``; sums of whole numbers are
-    exact. A group with a value that is not finite makes its row NaN. Gradients leave the rounding out.
+    With ``activations="int8"`` they also round that operand, so that they multiply integers: each row, in groups of
+    the weight's columns (of 128 for ``int8``), becomes ``q·s`` with ``s = max |x| / 127`` and ``q = round(x / s)``.
+    A value changes by at most ``s / 2``, and so ``y[n]`` by at most ``Σ |w[n, c]|·s[c] / 2``; sums of integers are
+    exact. A group with a value that is not finite makes its row NaN. Gradients ignore the rounding.
 
     Attributes:
         data: the codes, contiguous.
@@ -112,8 +112,8 @@ class QuantizedExpertWeight:
 
     Raises:
         TypeError: ``data`` or ``scale`` is not a tensor of a dtype of its format.
-        ValueError: the format is unknown, or not one for ``activations``; shapes do not fit it; a tensor is not
-            contiguous; devices differ; the layout is unknown, or no layout of such sizes.
+        ValueError: the format is unknown or does not support ``activations``; shapes do not fit it; a tensor is not
+            contiguous; devices differ; the layout is unknown or does not exist for these sizes.
     """
 
     data: torch.Tensor
@@ -196,18 +196,18 @@ class QuantizedExpertWeight:
         return Weight(self.data, self.format, self.scale, activations=self.activations, layout=self.layout)
 
     def to_layout(self, layout: str) -> QuantizedExpertWeight:
-        """The same weight with its codes in a layout, a copy if they are in the other; products have the same bits.
+        """The same weight with its codes in ``layout``, copied if they are in the other; products have the same bits.
 
-        In ``"panels"``, the words of four bytes of 16 rows take turns: byte b of row r is byte
+        ``"panels"`` interleaves the four-byte words of 16 rows: byte b of row r is byte
         ``64·(b // 4) + 4·(r mod 16) + b mod 4`` of the bytes of rows ``16·(r // 16)`` to ``16·(r // 16) + 15``.
-        The CPU's products of few rows, whose vector lanes are the weight's rows, then read memory in its order and need
-        not transpose the codes. Other backends copy them back in every call.
+        The CPU's products of few rows, whose vector lanes are the weight's rows, then read memory in order and do not
+        transpose the codes. Other backends copy the codes back into rows in every call.
 
         Args:
             layout: ``"rows"``, or ``"panels"`` for N a multiple of 32 and rows of a multiple of 4 bytes.
 
         Raises:
-            ValueError: the layout is unknown, or no layout of such sizes.
+            ValueError: the layout is unknown or does not exist for these sizes.
         """
         check_layout(layout)
         if layout == self.layout:
@@ -233,13 +233,13 @@ class QuantizedExpertWeight:
         Args:
             weight: float; of any strides.
             format: of the table.
-            group_size: of ``int4``: 32, 64 or 128, and C must be a multiple; of ``mxfp4`` 32.
+            group_size: columns that share a scale: 32, 64 or 128 for ``int4``, 32 for ``mxfp4``; C must be a multiple.
             activations: of the result.
 
         Raises:
             TypeError: ``weight`` is not a float tensor.
-            ValueError: the format is unknown or not one for ``activations``, ``weight`` has another rank, no
-                element or values that are not finite, or groups do not fit C.
+            ValueError: the format is unknown or does not support ``activations``; ``weight`` has another rank, is empty
+                or has values that are not finite; or groups do not fit C.
         """
         check_format(format)
         check_activations(activations, format)
@@ -275,8 +275,8 @@ class QuantizedExpertWeight:
 
         Args:
             weight: the stacked values.
-            scale: ``(E, ⌈N/128⌉, ⌈C/128⌉)`` for blocks; ``(E, N)`` or ``(E, N, 1)`` a row; ``(E,)``, ``(E, 1)`` or
-                ``(E, 1, 1)`` a matrix. If two interpretations fit, blocks take precedence over rows.
+            scale: per block ``(E, ⌈N/128⌉, ⌈C/128⌉)``; per row ``(E, N)`` or ``(E, N, 1)``; per matrix ``(E,)``,
+                ``(E, 1)`` or ``(E, 1, 1)``. If two interpretations fit, blocks take precedence over rows.
         """
         check_shape("weight", weight, (None, None, None), "(E, N, C)")
         check_tensor("scale", scale)
@@ -311,7 +311,7 @@ def concatenate(parts: Sequence[QuantizedExpertWeight]) -> QuantizedExpertWeight
     """Concatenate stacks of one format along N, such as gate and up.
 
     Raises:
-        ValueError: formats or activations differ, or a part but the last ends inside a block of ``fp8_block``.
+        ValueError: formats or activations differ, or a part other than the last ends inside a block of ``fp8_block``.
     """
     first = parts[0]
     for name in ("format", "activations"):

@@ -93,7 +93,7 @@ class NF4Weight(_Decodable):
         shape: ``(N, C)``.
         code: ``(16,)`` float32.
         block_size: elements that share a scale.
-        nested_absmax: ``(⌈blocks/nested_block_size⌉,)`` float32, or None without double quantisation, as the next two.
+        nested_absmax: ``(⌈blocks/nested_block_size⌉,)`` float32; None without double quantisation, like the next two.
         nested_code: ``(256,)`` float32.
         offset: one float32, the mean of the scales.
         nested_block_size: scales that share a nested scale.

@@ -1,7 +1,8 @@
-"""The dispatch and the experts of a call without gradients, and a top-k router's choice too, in one native call.
+"""A whole expert layer without gradients in one native call: dispatch and experts, optionally with top-k routing.
 
-The kernels are those of ``topk_routing``, ``dispatch`` and ``expert_mlp``, which give the same bits one by one. For a
-few tokens the host needs as long for the calls as the kernels run, so what does not change is prepared once.
+The kernels are those of ``topk_routing``, ``dispatch`` and ``expert_mlp``, and results have the same bits as theirs.
+With a few tokens, three separate calls cost the host as much time as the kernels run, so everything that does not
+change between calls is prepared once.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ExpertChoice(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What stays the same from call to call; it holds addresses, so the tensors must outlive its calls."""
+    """The arguments that stay the same from call to call, as memory addresses: the tensors must outlive the record."""
 
     layer: _C.PreparedExperts
     choice: ExpertChoice | None
@@ -93,7 +94,7 @@ def prepare(
     interleaved: bool,
     choice: ExpertChoice | None = None,
 ) -> Prepared | None:
-    """What :func:`run` and :func:`run_chosen` need, or None if the native kernels do not serve these.
+    """The record that :func:`run` and :func:`run_chosen` need, or None if the native kernels do not serve the layer.
 
     Args:
         weights: ``gate_up`` and ``down`` of :func:`gossamer.expert_mlp`.
@@ -129,7 +130,7 @@ def _takes(prepared: Prepared, x: torch.Tensor) -> bool:
 def run(prepared: Prepared, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """The layer's output for ``x (T, H)``, for which :func:`may_run` is true, and ``logits (T, E)``.
 
-    None if it does not serve them: for other dtypes and sizes, no tokens, and logits that are NaN or +inf.
+    None if the native call does not serve them: other dtypes or sizes, no tokens, or logits that are NaN or +inf.
     """
     if not _takes(prepared, x) or not is_plain_on_cpu(logits):
         return None
@@ -145,7 +146,7 @@ def run_chosen(
 ) -> torch.Tensor | None:
     """The layer's output for ``x (T, H)``, for which :func:`may_run` is true, with given ``(T, K)`` ids and weights.
 
-    None if it does not serve them: for other dtypes and sizes, no tokens, K > E, and negative ids.
+    None if the native call does not serve them: other dtypes or sizes, no tokens, K > E, or negative ids.
     """
     if not _takes(prepared, x) or not is_plain_on_cpu(expert_ids, weights):
         return None

@@ -38,7 +38,7 @@ class SelfReferential(NamedTuple):
 
 
 class SelfReferentialBackward(NamedTuple):
-    """Arguments of its gradient.
+    """Arguments of the backward pass.
 
     Attributes:
         dy: ``(B, T, H, d)``.
@@ -174,7 +174,7 @@ def self_referential(
         [y, q, k, β] = Wᵀx        q ← softmax(q), k ← softmax(k), β ← σ(β)
         W ← W + k (β̄ ⊙ Wᵀ(q − k))ᵀ
 
-    where β̄ repeats each of the four rates over the columns of its block. So the matrix decides by its own outputs what
+    where β̄ repeats each of the four rates over the columns of its block. So the matrix's own outputs decide what
     it learns, and how fast. The update is not linear in W, so tokens are computed one after another; heads and
     sequences run in parallel. The backward pass undoes steps, starting from matrices that were saved every 256 tokens.
 

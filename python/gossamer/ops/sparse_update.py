@@ -199,10 +199,10 @@ update_rows_ = define(
 
 
 def sum_blocks(bags: Bags, dout: torch.Tensor, table: torch.Tensor, backend: str) -> torch.Tensor:
-    """The gradient of an array ``(M, 1)`` of which bags list first elements of blocks of D, given ``dout (B, D)``."""
+    """The gradient of an array ``(M, 1)``, given ``dout (B, D)`` and bags that list the first elements of D-blocks."""
     total = torch.zeros(table.shape, dtype=accumulation_dtype(table.dtype), device=table.device)
     step = torch.zeros(1, dtype=torch.int64, device=table.device)
-    # From zero, a step of plain gradient descent against the gradient.
+    # One step of plain gradient descent from zero with a learning rate of −1 leaves the gradient itself.
     update = Update(SGD(lr=1.0).step_rule()._replace(lr=-1.0), None, step, None, None)
     update_rows_(SparseUpdate(total, bags, dout, None, update, True), backend)
     return total.to(table.dtype)
@@ -216,7 +216,7 @@ def check_state(
     scale: torch.Tensor | None = None,
     scale_lr: float = 0.0,
 ) -> Update:
-    """Check that ``state`` is what ``optimizer`` needs for a step on ``table``, and the rate of its scales."""
+    """Check that ``state`` holds what ``optimizer`` needs for a step on ``table``; and check ``scale_lr``."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a gossamer.optim.Optimizer, got {type(optimizer).__name__}")
     if not isinstance(state, Mapping):

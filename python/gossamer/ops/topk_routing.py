@@ -15,8 +15,8 @@ from gossamer.ops._registration import register
 
 # Keeps the normalisation of sigmoid scores finite if all K of them underflow, as in DeepSeek-V3.
 EPSILON = 1e-20
-# Most experts of the Triton kernel, whose program holds a token's logits, and most experts per token of the native one,
-# which scans all logits for each.
+# The Triton kernel's limit on experts, because a program holds all logits of a token; and the native kernel's limit on
+# experts per token, because it scans all logits once for each.
 MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 
 
@@ -43,7 +43,7 @@ def masked_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def check_logits(logits: torch.Tensor, biased: torch.Tensor | None) -> None:
-    """On the CPU ``logits`` must hold neither NaN nor +inf, and a bias, or what it was added to, no NaN.
+    """On the CPU ``logits`` must hold neither NaN nor +inf, and ``biased``, a bias or biased scores, no NaN.
 
     It reads values, so it must be called inside an operator, where values exist in compiled calls too.
     """
@@ -80,7 +80,7 @@ class TopkRouting(NamedTuple):
 
 
 class TopkRoutingBackward(NamedTuple):
-    """Arguments of its gradient: those of :class:`TopkRouting`, its results, and ``dweights (T, K)``."""
+    """Arguments of the backward pass: those of :class:`TopkRouting`, its results, and ``dweights (T, K)``."""
 
     dweights: torch.Tensor
     weights: torch.Tensor
@@ -185,7 +185,7 @@ class MassRouting(NamedTuple):
     Attributes:
         logits: ``(T, E + null experts)`` float32.
         mass: the sum.
-        exceed: whether the sum must be exceeded, or may be equalled.
+        exceed: whether the sum must be exceeded; otherwise reaching it is enough.
         num_experts: E; logits after the first E belong to null experts, whose slots are left out.
         max_ranks: maximum number of choices per token, including null experts.
     """
@@ -198,7 +198,7 @@ class MassRouting(NamedTuple):
 
 
 class MassRoutingBackward(NamedTuple):
-    """Arguments of its gradient: :class:`MassRouting`, what that gave, and ``dweights (T, min(E, max_ranks))``."""
+    """Arguments of the backward pass: :class:`MassRouting`, its results, and ``dweights (T, min(E, max_ranks))``."""
 
     dweights: torch.Tensor
     weights: torch.Tensor

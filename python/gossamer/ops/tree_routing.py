@@ -13,9 +13,9 @@ from gossamer import _backend
 from gossamer.ops._records import define
 from gossamer.ops.topk_routing import MOST_CHOSEN, MOST_EXPERTS, check_logits, finite_logits, masked_softmax
 
-# Added to what reaches a leaf of a tree, as in COMET, which takes the logarithm of the sum.
+# Added to the share of a token that reaches a leaf of a tree, as in COMET, which takes the logarithm of the sum.
 REACH_EPSILON = 1e-8
-# Added to what reaches a leaf in the entropy that makes parts decide, as in COMET and DSelect-k.
+# Added to the same share in the entropy term that makes gates decide for a leaf, as in COMET and DSelect-k.
 LOG_EPSILON = 1e-6
 # Narrower steps have infinite slopes in float32, and kernels multiply by the inverse of the width.
 NARROWEST, WIDEST = 1e-36, 1e36
@@ -49,14 +49,14 @@ class TreeRouting(NamedTuple):
 
 
 class TreeRoutingBackward(NamedTuple):
-    """Arguments of its gradient.
+    """Arguments of the backward pass.
 
     Attributes:
         dgates: ``(T, E)`` or None.
         dweights: ``(T, K)`` or None.
         dreach: ``(T, k, E)`` or None.
         dsums: ``(T, k, 2)`` or None.
-        gates: as the forward pass gave them, like ``norm`` and ``ids``.
+        gates: result of the forward pass, like ``norm`` and ``ids``.
         norm: ``(T, 2)``.
         ids: ``(T, K)``.
         forward: the arguments of the forward pass.
@@ -112,7 +112,7 @@ class _SmoothStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dstep, drest):
         (v,) = ctx.saved_tensors
-        # At the ends the slope is 0 exactly, as it is for what was clamped to them.
+        # At both ends of the step the slope is exactly 0, so values that were clamped to the ends get no gradient.
         over, under = _distances(v, ctx.gamma)
         return (dstep - drest) * (6 / ctx.gamma * over * under), None
 
