@@ -41,8 +41,8 @@ def evaluated_when_compiled(function: Callable) -> Callable:
 def check_alone(layer: nn.Module) -> None:
     """Raise an error for a step in the backward pass of a replica, which would diverge from the other copies.
 
-    ``DistributedDataParallel`` averages gradients, and such a step leaves none. A layer is exempt if the model lists
-    its parameter, its buffers or the layer itself in ``_ddp_params_and_buffers_to_ignore``.
+    ``DistributedDataParallel`` averages gradients, but such a step leaves none to average. A layer is exempt if the
+    model lists its parameter, its buffers or the layer itself in ``_ddp_params_and_buffers_to_ignore``.
 
     Raises:
         ValueError: the layer is called in the forward pass of ``DistributedDataParallel`` over several processes.

@@ -101,7 +101,7 @@ class CompositionalEmbedding(SharedRowsTable):
         return self.paths(rows, (network - self.moduli[0]).reshape(-1, 1), rows.new_ones(ids.numel(), 1))
 
     def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
-        """Networks are run on vectors; rows are pooled as they are read."""
+        """Pool rows as they are read; for ``"path"``, whose networks need them, compute all vectors first."""
         kind = Table if self.partition == "path" else SharedRowsTable
         return kind._pool(self, ids, *lists, **how)
 

@@ -14,7 +14,7 @@ from gossamer.ops.map_ids import IdMaps, map_ids
 
 DISTRIBUTIONS = ("uniform", "normal")
 NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
-# Layers are Python objects: unlike a tensor that is too large, too many of them fill the memory before an error.
+# Layers are Python objects: unlike one tensor that is too large, too many of them fill the memory without an error.
 MAX_LAYERS = 1024
 
 
@@ -121,7 +121,7 @@ class DeepHashEmbedding(SeededMaps, Table):
         if flat.numel() == 0:
             return self.layers[-1].weight.new_empty((*ids.shape, self.embedding_dim))
         if self.training and flat.numel() == 1 and isinstance(self.layers[1], nn.BatchNorm1d):
-            raise ValueError("ids must be more than one in training with norm='batch', a statistic over them, got 1")
+            raise ValueError("ids must be at least two in training with norm='batch', which averages over them, got 1")
         if self.frozen and not ids.is_meta and not torch.compiler.is_compiling():
             once, place = flat.unique(return_inverse=True)
             return self.layers(self.encode(once))[place].view(*ids.shape, self.embedding_dim)
@@ -135,7 +135,7 @@ class DeepHashEmbedding(SeededMaps, Table):
     def from_budget(cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object) -> DeepHashEmbedding:
         """The network with the widest hidden layers that fits ``nbytes`` bytes, at most the bytes of a dense table.
 
-        ``num_hashes`` is then the least number: bytes that are too few for a wider layer go into more hashes. Raises
+        ``num_hashes`` is a minimum: remaining bytes that do not suffice for wider layers go into more hashes. Raises
         the errors of :meth:`Table.from_budget`.
         """
         options |= cls._within(num_embeddings, embedding_dim, nbytes, **options)

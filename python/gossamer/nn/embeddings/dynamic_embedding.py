@@ -206,7 +206,7 @@ class DynamicEmbedding(DynamicState):
             RuntimeError: in the backward pass, if it runs twice over one graph.
         """
         if weights is not None and per_sample_weights is not None:
-            raise ValueError("weights must be None beside per_sample_weights, which it is another name of")
+            raise ValueError("weights is another name of per_sample_weights, only one of them may be given")
         weights = per_sample_weights if weights is None else weights
         if self.pooling is None:
             if offsets is not None or weights is not None:
@@ -223,7 +223,7 @@ class DynamicEmbedding(DynamicState):
         if is_exporting():
             raise RuntimeError(
                 "torch.export cannot record DynamicEmbedding, whose table changes outside the program: export the "
-                "layers behind it, and give them what it looks up"
+                "layers that follow it, and pass its output to them"
             )
         check_lists(ids, offsets, weights)
         if ids.dtype != self.table.key_dtype:
@@ -282,7 +282,7 @@ class DynamicEmbedding(DynamicState):
         return rows
 
     def _insert(self, keys: torch.Tensor) -> Inserted:
-        # While the clock stands at 0, so do all ages.
+        # While the clock is 0, all times of last use are 0 already.
         return self.table.insert_rows(keys, marks=self._last_used if self.clock else None, mark=self.clock)
 
     def _admit(self, keys: torch.Tensor) -> tuple[torch.Tensor, Inserted, torch.Tensor]:
@@ -356,7 +356,7 @@ class DynamicEmbedding(DynamicState):
             return old.numel()
 
     def erase(self, ids: torch.Tensor) -> torch.Tensor:
-        """Drop the rows of ``ids (n,)``; ``(n,)`` bool says which had one."""
+        """Drop the rows of ``ids (n,)``; returns ``(n,)`` bool, which of them had one."""
         with self.table.lock:
             found = self.table.erase(ids)
             if found.any():

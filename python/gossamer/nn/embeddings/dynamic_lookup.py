@@ -20,8 +20,8 @@ def _counts(rows, offsets) -> torch.Tensor:
 
 
 def rows_now(layer, ids: torch.Tensor, rows: torch.Tensor, resizes: int) -> torch.Tensor:
-    """The rows that still belong to ``ids``, out of those found earlier; ``resizes`` counts how often the table had
-    grown then.
+    """The ``rows`` found earlier for ``ids``, updated: −1 where the row belongs to another id by now, new ones if the
+    table has grown since. ``resizes`` is the number of times it had grown when the rows were found.
     """
     now = layer.table.rows(ids.reshape(-1)).view(rows.shape)
     if layer._resizes == resizes:
@@ -44,7 +44,8 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, handle, weights, layer, ids, rows, offsets):
         ctx.layer, ctx.moves, ctx.resizes, ctx.stepped = layer, layer._moves, layer._resizes, False
-        # Before this lookup's backward pass, other lookups may step these rows, or the rows may be given to other ids.
+        # The values that the backward pass needs are saved now, because other lookups may step these rows before it, or
+        # the rows may be given to other ids.
         read = argmax = None
         if layer.pooling == "max":
             out, argmax = gather_maxima(layer.table.values, rows, offsets)

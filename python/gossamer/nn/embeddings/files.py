@@ -25,7 +25,7 @@ def check_info(info: object) -> None:
     try:
         json.dumps(dict(info or {}))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"info must be what JSON holds: {error}") from None
+        raise TypeError(f"info must be representable in JSON: {error}") from None
 
 
 def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> dict:

@@ -113,7 +113,7 @@ class FusedStep(torch.nn.Module):
         return self.nbytes() - bytes_of(state)
 
     def freeze(self) -> FusedStep:
-        """As any :class:`Table`, without the optimizer."""
+        """As for any :class:`Table`; the optimizer and its state are dropped."""
         self.detach_optimizer()
         return super().freeze()
 

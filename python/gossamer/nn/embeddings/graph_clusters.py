@@ -84,7 +84,7 @@ def graph_clusters(
     if not len(users):
         raise ValueError("users must hold at least one interaction, got 0")
     if users.is_meta or items.is_meta:
-        raise ValueError("users and items must have numbers, got tensors on meta")
+        raise ValueError("users and items must hold values, got tensors on meta")
     check_number("resolution", resolution, above=0)
     check_number("tolerance", tolerance)
     check_seed(seed)
@@ -159,7 +159,8 @@ def resize_clusters(clusters: torch.Tensor, count: int) -> torch.Tensor:
         low, high = (low, middle) if int((-(-sizes // middle)).sum()) <= count else (middle + 1, high)
     pieces = -(-sizes // low)
     if low > 1:
-        # Pieces smaller by one are too many: only the largest clusters get them, until ``count`` is reached.
+        # Pieces smaller by one would be too many, so only the largest clusters are split into them until ``count`` is
+        # reached.
         order = sizes.argsort(descending=True, stable=True)
         room = (-(-sizes // (low - 1)) - pieces)[order]
         before = room.cumsum(0) - room

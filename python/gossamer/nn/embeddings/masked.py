@@ -23,9 +23,9 @@ class MaskedEmbedding(FusedTable):
     :attr:`sample_widths` each id of a call in training gets a random width, so that the table works with all widths in
     :func:`search_widths`.
 
-    :meth:`freeze` stores the remaining rows in ``width`` columns, and 4 bytes per id for their positions. In a table of
-    :meth:`from_budget` these are the :attr:`num_kept` rows with the largest norms, whatever the threshold is by then;
-    :meth:`keep_largest` sets the threshold to that.
+    :meth:`freeze` stores the remaining rows in ``width`` columns, and 4 bytes per id for their positions. A table of
+    :meth:`from_budget` ignores its threshold then and stores the :attr:`num_kept` rows with the largest norms;
+    :meth:`keep_largest` sets the threshold to match.
 
     Args:
         num_embeddings: N.

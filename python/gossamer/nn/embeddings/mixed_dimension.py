@@ -24,9 +24,10 @@ from gossamer.optim import Optimizer
 class MixedDimensionEmbedding(NarrowRowsTable):
     """Rows of d columns, projected to D: ``e(x) = weight[x]·projectionᵀ``.
 
-    The first ``wide_rows`` ids may have one column more, ``e(x) = (weight[x], extra[x])·projectionᵀ``. This is the
-    paper's blocks of rows with widths of their own if ids are sorted by descending frequency, and meets a byte budget
-    to a row. Bags are pooled before they are projected, so a bag costs one projection. If d is D there is none.
+    The first ``wide_rows`` ids may have one column more, ``e(x) = (weight[x], extra[x])·projectionᵀ``. With ids
+    sorted by descending frequency these are the paper's blocks of rows of different widths; a byte budget is met to
+    within a row. Bags are pooled before they are projected, so a bag costs one projection. With d = D there is no
+    projection.
 
     Args:
         num_embeddings: N.
@@ -102,7 +103,7 @@ class MixedDimensionEmbedding(NarrowRowsTable):
         return self._vectors(ids)
 
     def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
-        """Sums and means are projected once a bag."""
+        """Pool first and project each sum or mean once; maxima need the projected vectors."""
         if self.mode == "max" and self.projection is not None:
             return super()._pool(ids, *lists, **how)
         return self._bags(ids, *lists, **how)

@@ -6,15 +6,17 @@ import torch
 
 from gossamer.nn.embeddings.fused_step import FusedTable
 
-# Rows of two widths cost a second read, so they are used only if whole columns leave more than this share of a budget.
+# Rows of two widths cost a second read, so they are used only if whole columns leave more than this share of a budget
+# unused.
 _LEFT_OVER = 0.005
 
 
 class NarrowRowsTable(FusedTable):
     """A table whose rows of d columns, some of them of one more, are projected to D columns.
 
-    ``e(x) = (weight[x], extra[x])·projectionᵀ + bias``, where only ids below :attr:`wide_rows` have an ``extra``. One
-    column for all N rows is a large step of a byte budget; one column for some rows meets it to a row.
+    ``e(x) = (weight[x], extra[x])·projectionᵀ + bias``, where only ids below :attr:`wide_rows` have an ``extra``.
+    Adding a column to all N rows is a coarse step of the size; adding it to some rows only meets a byte budget to
+    within a row.
 
     A subclass sets its parameters by :meth:`_set_rows`, looks vectors up by :meth:`_vectors` and pools bags by
     :meth:`_bags`.
@@ -46,7 +48,7 @@ class NarrowRowsTable(FusedTable):
         return rows if self.projection is None else torch.nn.functional.linear(rows, self.projection, self.bias)
 
     def _wide(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids with one column more; −1, which is dropped, for all others."""
+        """The ids that have the additional column; −1, which lookups drop, for all others."""
         return ids.masked_fill(ids >= self.wide_rows, -1)
 
     def _vectors(self, ids: torch.Tensor) -> torch.Tensor:

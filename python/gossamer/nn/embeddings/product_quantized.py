@@ -162,7 +162,7 @@ class ProductQuantizedEmbedding(FusedTable):
         return _backend.resolve("product_key_topk", pieces) == "native" and not pieces.is_meta
 
     def _searched(self, pieces: torch.Tensor) -> torch.Tensor:
-        """The same by a search for the best of each pair of parts, which stores no scores."""
+        """:meth:`_best` by native searches, each over the sums of two parts' scores, which store no scores."""
         count, parts, width = pieces.shape
         keys = self.keys
         if self.variant == "vq":
@@ -276,10 +276,10 @@ class ProductQuantizedEmbedding(FusedTable):
     def from_budget(
         cls, num_embeddings: int, embedding_dim: int, nbytes: int, **options: object
     ) -> ProductQuantizedEmbedding:
-        """The table of the longest codes that fills a budget to a hundredth, over parts and up to 4096 codes.
+        """The table with the longest codes among those that fill 99 % of a budget, with up to 4096 codes per part.
 
-        Of equally long codes, those with nearest to 8 bits a part are taken. Unless ``frequent`` is given, the first
-        ids may get wider codes than the others, as many ids as fill the budget. ``num_parts`` may be given. Raises the
+        Among equally long codes, those closest to 8 bits per part are taken. Unless ``frequent`` is given, as many of
+        the first ids as fill the budget may get wider codes than the others. ``num_parts`` may be given. Raises the
         errors of :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
@@ -308,7 +308,7 @@ class ProductQuantizedEmbedding(FusedTable):
     ) -> ProductQuantizedEmbedding:
         """The table for a budget, with trained weights ``(N, D)`` as queries and codewords from k-means.
 
-        k-means uses at most 256 rows per codeword, and 50,000.
+        k-means uses at most 256 rows per codeword, and at most 50,000 in all.
 
         Args:
             weight: ``(N, D)``.
@@ -331,7 +331,8 @@ class ProductQuantizedEmbedding(FusedTable):
                 points = pieces[sample.to(pieces.device), part]
                 made.codewords[part] = kmeans(points, made.num_codes, steps=steps, seed=seed)[0].to(weight.dtype)
             if made.keys is not None:
-                # ⟨q, k⟩ − ‖k‖²/2 would choose the nearest; keys without the offset choose the nearest direction.
+                # With keys equal to the codewords, ⟨q, k⟩ chooses by direction; the nearest would need the offset
+                # −‖k‖²/2.
                 made.keys.copy_(made.codewords)
         return made
 
@@ -339,9 +340,9 @@ class ProductQuantizedEmbedding(FusedTable):
 def _fillings(
     n: int, nbytes: int, word: int, parts: int, bits: int, often: int | None, rare: int
 ) -> Iterator[tuple[int, dict[str, int]]]:
-    """Bytes and options of tables with ``bits`` a part and as many codewords as fit a budget, or the fewest.
+    """Bytes and options of tables with ``bits`` per part and as many codewords as fit a budget, or the fewest possible.
 
-    ``often`` is the number of ids with these codes. Without it there are also tables whose first ids have wider codes.
+    ``often`` is the number of ids with these codes; if it is None, tables whose first ids have wider codes follow.
     """
     wide = packed_width(parts, bits)
     frequent = n if often is None else often
@@ -353,7 +354,7 @@ def _fillings(
     yield codes + count * word, {"num_parts": parts, "num_codes": count}
     if often is not None:
         return
-    # Only codes of more bytes use bytes that are left over.
+    # Wider codes use up remaining bytes only if they take more bytes per id.
     more = next((m for m in range(bits + 1, code_bits(_MOST_CODES) + 1) if packed_width(parts, m) > wide), None)
     if more is None:
         return

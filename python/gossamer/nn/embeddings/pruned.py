@@ -76,7 +76,7 @@ class SparseRows(torch.nn.Module):
 
 
 def kept_entries(num_embeddings: int, embedding_dim: int, nbytes: int, itemsize: int) -> tuple[int, bool]:
-    """The most entries that fit a budget, and whether rows store where they begin, which many entries a row want."""
+    """The most entries that fit a budget, and whether storing row starts, instead of a row per entry, fits as many."""
     entry = itemsize + (1 if embedding_dim <= 256 else 4)
     by_row, by_entry = (nbytes - 4 * (num_embeddings + 1)) // entry, nbytes // (entry + 4)
     most = num_embeddings * embedding_dim
@@ -205,7 +205,7 @@ class PrunedEmbedding(FusedTable):
         return max(1, int(self.density * self.num_embeddings * self.embedding_dim))
 
     def _judged(self, rows: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-        """``ê`` of rows of the table, of ``ids (L,)`` or of all."""
+        """``ê`` of the table's ``rows``, which are those of ``ids (L,)``, or all rows if ``ids`` is None."""
         if self.scales is not None:
             groups = self.group_of_id if ids is None else self.group_of_id.index_select(0, ids)
             rows = rows * self.scales[groups.long()]
@@ -234,7 +234,7 @@ class PrunedEmbedding(FusedTable):
         return self._judged(self.rows("weight", flat), flat).view(*ids.shape, self.embedding_dim)
 
     def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
-        """A table of plain magnitudes is pooled as it is read."""
+        """Pool rows as they are read if they are the vectors: with ``"magnitude"``, before :meth:`sparsify`."""
         if self.served is None and self.mask is None and self.criterion == "magnitude":
             return self.bags("weight", ids, *lists, **how)
         return super()._pool(ids, *lists, **how)

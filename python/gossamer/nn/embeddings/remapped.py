@@ -149,11 +149,11 @@ class ClusteredEmbedding(SeededMaps, SharedRowsTable):
         self._maps = IdMaps.of([self.num_rows] * 2, **numbers, prime=hashed.prime, mixed=hashed.mixed)
 
     def parts(self) -> Parts:
-        """The row of an id's cluster, with ``double`` beside the hashed one."""
+        """The row of an id's cluster and, with ``double``, the hashed row."""
         return Parts.of(self.embedding_dim, self.operation, self._maps, **listed_row(self.row_of_id))
 
     def addresses(self, ids: torch.Tensor) -> torch.Tensor:
-        """:attr:`row_of_id` at ``ids``, with ``double`` beside the hash."""
+        """:attr:`row_of_id` at ``ids`` and, with ``double``, the hashed rows."""
         return rows_at(self.row_of_id, ids) if self.rows_per_id == 1 else super().addresses(ids)
 
     @classmethod
@@ -186,7 +186,7 @@ def _clustered_nbytes(num_embeddings: int, embedding_dim: int, rows: int, option
 
 
 def listed_row(row_of_id: torch.Tensor) -> dict[str, object]:
-    """What :class:`Parts` takes for a first part whose row is an entry of a map ``(N,)``."""
+    """The arguments of :class:`Parts` for a first part whose rows are the entries of a map ``(N,)``."""
     return {"coded": 1, "codes": row_of_id.unsqueeze(1), "bits": [32]}
 
 

@@ -25,7 +25,8 @@ from gossamer.ops.product_key_topk import product_key_search
 
 # Distances held at a time.
 _DISTANCES = 1 << 18
-# First vectors that k-means++ draws one by one, the most of a round after them, and the most of a table in k-means.
+# k-means++ draws this many vectors one by one and at most so many in each later round; k-means is fitted to at most
+# 50,000 rows of a table.
 _SINGLY, _ROUND, _SAMPLE = 64, 512, 50_000
 
 
@@ -190,10 +191,10 @@ def nearest(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest_number(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """:func:`nearest` of numbers ``(n,)`` among ``(K,)``, between two neighbours of the sorted words."""
+    """:func:`nearest` of numbers ``(n,)`` among ``(K,)``, by comparing the two neighbours among the sorted words."""
     ascending, order = words.sort(stable=True)
     above = torch.searchsorted(ascending, x.contiguous()).clamp(max=len(words) - 1)
-    # Of equal words the search finds the first.
+    # searchsorted finds the first of equal words.
     below = torch.searchsorted(ascending, ascending[(above - 1).clamp(min=0)])
     to_above, to_below = (ascending[above] - x).abs(), (x - ascending[below]).abs()
     above, below = order[above], order[below]
@@ -244,10 +245,11 @@ def _check_clusters(x: torch.Tensor, num_codes: int, steps: int, seed: int) -> N
 def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Draw ``count`` vectors with probabilities proportional to their squared distance to those drawn before.
 
-    The first are drawn one by one. Then a round draws several at once and keeps each with the probability that those
-    kept before it in the round leave it, by rejection; a round passes over all vectors once.
+    The first are drawn one by one. Later rounds draw several at once, by the distances before the round, and correct
+    these by rejection: a vector is kept with a probability of its distance to all kept so far over its distance before
+    the round. A round passes over all vectors once.
     """
-    words = x.new_empty(count, x.shape[1])  # before the draws: more than the memory holds are refused at once
+    words = x.new_empty(count, x.shape[1])  # allocated first, so that too many fail at once
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(x), (1,), generator=generator)
     distance = (x - x[int(chosen)]).square().sum(-1)
@@ -268,7 +270,7 @@ def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
 
 def _kept(drawn: torch.Tensor, weights: torch.Tensor, generator: torch.Generator) -> list[int]:
-    """The places of the vectors ``(m, d)`` of a round that stay, given their squared distances before it."""
+    """The indices of the vectors that a round keeps of ``drawn (m, d)``, given their squared distances before it."""
     between = torch.cdist(drawn, drawn, compute_mode="donot_use_mm_for_euclid_dist").square_()
     bounds = (torch.rand(len(drawn), dtype=torch.float64, generator=generator) * weights).tolist()
     kept, left = [], weights
@@ -280,12 +282,12 @@ def _kept(drawn: torch.Tensor, weights: torch.Tensor, generator: torch.Generator
 
 
 def sampled(count: int, num_codes: int, rows: int, seed: int) -> torch.Tensor:
-    """The numbers of the vectors, of ``count``, that k-means is fitted to: at most ``rows`` per code and 50,000."""
+    """Indices, out of ``count``, of the vectors that k-means is fitted to: at most ``rows`` per code, and 50,000."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: min(rows * num_codes, _SAMPLE)]
 
 
 def _means(x: torch.Tensor, chosen: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Means of clusters; an empty one keeps its centroid."""
+    """The means of all clusters; an empty cluster keeps its centroid in ``before``."""
     counts = chosen.bincount(minlength=len(before)).to(x.dtype).unsqueeze(1)
     sums = torch.zeros_like(before).index_add(0, chosen, x)
     return torch.where(counts > 0, sums / counts.clamp(min=1), before)

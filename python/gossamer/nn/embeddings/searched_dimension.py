@@ -141,7 +141,7 @@ class SearchedDimensionEmbedding(NarrowRowsTable):
         if self.chosen is not None:
             return self._vectors(flat).view(*ids.shape, self.embedding_dim)
         if self.norms is not None and self.training and flat.numel() == 1:
-            raise ValueError("ids must be more than one in training with norm=True, a statistic over them, got 1")
+            raise ValueError("ids must be at least two in training with norm=True, which normalises over them, got 1")
         total = 0
         for j, (width, name, share) in enumerate(zip(self.candidates, self.tables, self.shares(), strict=True)):
             part = linear(self.rows(name, flat), getattr(self, f"projection_{width}"))
@@ -221,7 +221,7 @@ class SearchedDimensionEmbedding(NarrowRowsTable):
         return super().inference_nbytes() if self.chosen is not None else self.size_of(*self._best())
 
     def freeze(self) -> SearchedDimensionEmbedding:
-        """As any table; a table that still searches first keeps what :meth:`choose` would, as trained so far."""
+        """As for any table; a table that still searches first chooses its width, and keeps what it has learnt."""
         if self.chosen is None:
             self.choose(restart=False)
         return super().freeze()
@@ -285,7 +285,7 @@ def choose_widths(
             raise ValueError("nbytes must be given where a table has no budget, got None")
         nbytes = sum(table.budget for table in tables)
     check_budget(nbytes)
-    # One column counts as the narrowest candidate does.
+    # A single column gets the score of the narrowest candidate.
     scores = []
     for table in tables:
         own = dict(zip(table.candidates, table.alpha.tolist(), strict=True))
@@ -303,7 +303,7 @@ def choose_widths(
         return tables[place].size_of(widths[place])
 
     def wider(fits: bool) -> list[tuple[float, int, int]]:
-        """Widths and tables of the wider candidates, or those that fit, by descending gain; the narrower first."""
+        """``(−gain, width, table)`` of the wider candidates, or only those that fit, the largest gain first."""
         found = [
             (-gain(place, width), width, place)
             for place, table in enumerate(tables)

@@ -109,9 +109,9 @@ class SemanticIdEmbedding(CodedRowsTable):
     ) -> SemanticIdEmbedding:
         """The table that fills a budget, with codes and rows from the residual k-means of trained rows.
 
-        The vector of an id starts as the sum of its codewords, close to its row. The number of levels is the nearest to
-        the published three with which at most 4096 codes a level fill the budget. k-means uses at most 64 rows per
-        codeword, and 50,000.
+        The vector of an id starts as the sum of its codewords, close to its row. Out of the numbers of levels for which
+        at most 4096 codes per level fill the budget, the one closest to the published three is taken. k-means uses at
+        most 64 rows per codeword, and at most 50,000 in all.
 
         Args:
             weight: ``(N, D)``.

@@ -109,12 +109,12 @@ class SharedRowsTable(FusedTable):
         return self.composed("weight", ids.reshape(-1), parts).view(*ids.shape, self.embedding_dim)
 
     def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
-        """Rows are found, combined and pooled as ids are read; vectors are stored for maxima alone."""
+        """Find, combine and pool rows as ids are read; only maxima of combined rows store the vectors."""
         check_index("ids", ids)
         check_same_device(weight=self.weight, ids=ids)
         parts, one = self.parts(), self.rows_per_id == 1
         steps = self.optimizer is not None and torch.is_grad_enabled()
-        # A step reads the rows a second time: storing them takes less time than finding them again.
+        # The step needs the row numbers again: storing them takes less time than computing them twice.
         if parts is None or (one and (self.mode == "max" or (steps and self.quick_addresses))):
             return self.bags("weight", self.addresses(ids), *lists, **how)
         if self.mode == "max":

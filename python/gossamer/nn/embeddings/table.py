@@ -159,7 +159,7 @@ class Table(nn.Module):
             sizes: N and D.
             nbytes: the budget.
             knobs: the smallest and the largest.
-            make: from a knob, and options in place of those given, to the table.
+            make: makes the table for a knob; keyword arguments override the options.
 
         Raises:
             TypeError: ``nbytes`` is not an int.
@@ -198,7 +198,7 @@ def check_mode(mode: str) -> None:
 
 
 def check_lists(ids: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None) -> None:
-    """Check the shapes of bags by the names that tables give them; primitives check the rest, and speak of an index."""
+    """Check the shapes of bags under the names of a table's arguments; primitives check the rest, but say ``index``."""
     check_index("ids", ids)
     if ids.dim() != 1 and (ids.dim() != 2 or offsets is not None):
         wanted = "(B, J), or (L,) with offsets" if offsets is None else "(L,) with offsets"

@@ -19,8 +19,8 @@ class TableBatchedEmbeddingBags(FusedTable):
     """T embedding tables of mixed dims in one storage, looked up by F features in one launch.
 
     Each of B examples has one bag of ids for each feature; ``y[b] = [pool_f(table_{m(f)}[ids of (f, b)])]_f``, side by
-    side. With ``optimizer`` the backward pass takes its step on the rows that were looked up, a row that several
-    features read getting one; :class:`Embedding` describes the parameter in this case.
+    side. With ``optimizer`` the backward pass takes its step on the rows that were looked up, one step even if
+    several features read the row; :class:`Embedding` describes the parameter in this case.
 
     Args:
         specs: ``(rows, dim)`` of each table.

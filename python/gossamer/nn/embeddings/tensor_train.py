@@ -16,7 +16,7 @@ from gossamer.ops.gather_matmul import gather_matmul, pairs_of
 from gossamer.ops.map_ids import IdMaps, map_ids
 from gossamer.optim import Optimizer
 
-# The share of a budget from which on it counts as full.
+# A budget that is used to this share counts as full.
 _FULL = 0.99
 
 
@@ -117,7 +117,7 @@ class TensorTrainEmbedding(FusedTable):
         return self._multiplied(ids.reshape(-1, 1)).view(*ids.shape, self.embedding_dim)
 
     def _pool(self, ids: torch.Tensor, *lists: torch.Tensor | None, **how: object) -> torch.Tensor:
-        """Vectors are multiplied and pooled as ids are read, and never stored; those of maxima are."""
+        """Multiply and pool as ids are read, without storing vectors; only maxima store them."""
         check_lists(ids, *lists)
         return super()._pool(ids, *lists, **how) if self.mode == "max" else self._multiplied(ids, *lists, **how)
 
@@ -166,9 +166,9 @@ class TensorTrainEmbedding(FusedTable):
     ) -> TensorTrainEmbedding:
         """The table of the highest ranks that fits ``nbytes`` bytes; raises the errors of :meth:`Table.from_budget`.
 
-        Ranks are equal, or the first is one above the second. If that leaves more than a hundredth over, they are up to
-        two and a half lower and ``row_factors``, unless given, less equal; if that does not help, one rank is up to
-        twice the other.
+        Ranks are equal, or the first is one above the second. If that leaves more than a hundredth of the budget
+        unused, ranks up to two and a half lower are tried with less equal ``row_factors``, unless these are given; if
+        that does not fill it either, ranks of which one is up to twice the other.
         """
         check_budget(nbytes)
         sizes, itemsize = (num_embeddings, embedding_dim), item_nbytes(options)

@@ -109,7 +109,7 @@ class BlockSparseLinear(nn.Module):
         block_mask: buffer ``(O/bm, I/bn)`` bool, the positions of the blocks. Saved and loaded with the values.
 
     Raises:
-        TypeError: a size is not an int, a density is not a number, or a topology none.
+        TypeError: a size is not an int, ``density`` is not a number, or ``topology`` is not a BlockTopology.
         ValueError: a size below 1, a density outside (0, 1], a wrong block, or a topology of another shape.
     """
 
@@ -178,8 +178,8 @@ class BlockSparseLinear(nn.Module):
     def topology(self) -> BlockTopology:
         """The positions of the blocks in the padded weight.
 
-        It is derived from ``block_mask``, also after a checkpoint, averaged weights or another process's copy was
-        written into the mask; everything else only determines the number of blocks. In compiled code it is the topology
+        It follows ``block_mask``, also when a checkpoint, averaged weights or another process's copy is written into
+        the mask; all other state determines only the number of blocks. In compiled code it is the topology
         at compilation or, with torch older than 2.13, at the layer's last call before it.
 
         Raises:

@@ -65,7 +65,7 @@ def spectral_factors(weight: torch.Tensor, rank: int, *, ones: bool = False) -> 
 def spectral_split_(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
     """PiSSA (Meng et al., 2024): write the principal part of ``weight`` into the factors and keep the residual.
 
-    ``scale·b·a`` becomes the best approximation of rank r, and ``weight`` what is left of it.
+    ``scale·b·a`` becomes the best approximation of rank r, and ``weight`` its residual.
     """
     if not scale > 0:
         raise ValueError(f"alpha must be above 0 for init='spectral', whose factors it divides, got a scale of {scale}")

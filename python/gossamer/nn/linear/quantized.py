@@ -15,8 +15,8 @@ from gossamer.ops.quantized_expert_weight import MX_GROUP, QuantizedExpertWeight
 class QuantizedLinear(nn.Module):
     """A linear layer with a frozen weight in few bits: ``y = x·decode(weight)ᵀ + bias``.
 
-    On the CPU codes are decoded within the product, so a row costs as much time as reading the codes. Activations and
-    the bias get gradients.
+    On the CPU codes are decoded within the product, so one row takes about the time of reading the codes once.
+    Activations and the bias get gradients.
 
     Args:
         weight: a stack of one matrix, ``(1, O, I)``.

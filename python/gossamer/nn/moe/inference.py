@@ -16,7 +16,7 @@ from gossamer.nn.moe.routers.linear import LinearRouter, SigmoidRouter, SoftmaxR
 from gossamer.nn.moe.routing import Routing
 from gossamer.ops.routed_experts import ExpertChoice, Prepared, may_run, prepare, run, run_chosen
 
-# The routers that one kernel serves; of exactly these classes, since others may choose otherwise.
+# Routers whose choice the native kernel makes: exactly these classes, because subclasses may choose differently.
 _CHOICES: dict[type, Callable[[LinearRouter], ExpertChoice]] = {
     SoftmaxRouter: lambda router: ExpertChoice(router.top_k, False, *_selection(router), None),
     TopKSoftmaxRouter: lambda router: ExpertChoice(router.top_k, False, True, 1, 1, 1.0, None),
@@ -32,14 +32,14 @@ def _selection(router: SoftmaxRouter | SigmoidRouter) -> tuple:
 
 
 class _Kept(NamedTuple):
-    """What was prepared for an expert layer, and of what."""
+    """What was prepared for an expert layer, with the settings and tensors that it depends on."""
 
     settings: tuple
     tensors: tuple[tuple, ...]
     prepared: Prepared | None
 
 
-# Beside the modules instead of in them, since it can neither be copied nor pickled.
+# Kept outside the modules, because it can be neither copied nor pickled.
 _KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
@@ -80,7 +80,7 @@ def kept_for(
 
     Args:
         experts: the layer.
-        settings: all that decides the result beside tensors.
+        settings: everything that determines the result except tensors.
         tensors: returns the tensors whose addresses the result holds.
         make: prepares.
 
@@ -89,7 +89,7 @@ def kept_for(
     """
     found, kept = tensors(), _KEPT.get(experts)
     if kept is None or kept.settings != settings or not _same(kept.tensors, found):
-        # Preparing moves codes to where products read them faster, but not those that something else refers to.
+        # Preparing moves codes into panels, which it can only do while nothing else, such as ``found``, refers to them.
         del found
         prepared = make()
         found = tensors()
@@ -102,7 +102,9 @@ def _layout(tensor: torch.Tensor) -> list:
 
 
 def _marks(tensors: list[torch.Tensor | None]) -> tuple[tuple, ...]:
-    """Weak references to tensors, so that weights can be replaced, and where their values lie."""
+    """Weak references to tensors, which keep no replaced weight alive, and the addresses and layouts of their
+    values.
+    """
     return tuple((_nothing,) if tensor is None else (weakref.ref(tensor), *_layout(tensor)) for tensor in tensors)
 
 
@@ -162,11 +164,11 @@ def _is_plain(experts: nn.Module) -> bool:
 
 
 def infer(router: nn.Module | None, experts: nn.Module, x: torch.Tensor, most: int | None) -> torch.Tensor | None:
-    """``experts(x, router(x))`` of ``x (T, H)`` with the same bits; None if only the modules themselves compute it.
+    """``experts(x, router(x))`` of ``x (T, H)`` with the same bits; None if the modules themselves must be called.
 
-    They do in training, for other routers and expert layers than plain ones or more experts per token than ``most``, on
-    other devices, under compilers, autocast and other modes, and if a module has hooks or methods of its own. They also
-    raise all errors.
+    That is so in training, on other devices, under compilers, autocast and other modes, for routers and expert layers
+    that are not of a plain class, for more than ``most`` experts per token, if a module has hooks or methods of its
+    own, and for every call that raises an error.
     """
     if type(router) not in _CHOICES or not _is_plain(experts) or not may_run(x) or _replaced(router, "route"):
         return None

@@ -224,7 +224,7 @@ class Routing:
         if isinstance(self._probabilities, torch.Tensor):
             found = self._probabilities
         elif self.logits is None:
-            raise ValueError("logits must be there for probabilities that are a function of them, got None")
+            raise ValueError("logits must be given where probabilities are a function of them, got None")
         else:
             found = self._probabilities(self.logits)
         check_probabilities(self, found)

@@ -72,7 +72,7 @@ class ExpertLayer(nn.Module):
     Attributes:
         num_experts: E.
         hidden_size: H.
-        capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
+        capacity_factor: see :func:`limit_capacity`, which drops slots beyond an expert's capacity; None drops nothing.
         exchange: sends tokens to experts in other processes; None if all experts are in this process.
     """
 

@@ -49,7 +49,7 @@ class BasisExperts(FactoredExperts):
         nonlinearity: ψ: ``"silu"``, ``"tanh"`` or ``"identity"``.
         activation: activation of the experts; a name of :class:`gossamer.Activation`, or one with its constants.
         bias: whether the experts' products have biases.
-        capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
+        capacity_factor: see :func:`limit_capacity`, which drops slots beyond an expert's capacity; None drops nothing.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -220,9 +220,8 @@ class BasisExperts(FactoredExperts):
         All of A, B and α are trained by Adam at a constant rate on the mean squared error to ``W/σ``, where σ is the
         root mean square deviation of the stacked matrices, separately for gate and up. Every ``check_every`` steps the
         error is computed; the layer gets the best state, with σ folded into A. The fit starts from M groups of
-        neighbouring
-        experts: a basis holds the first R right singular vectors of a group's stacked matrices, A the expert's part of
-        the left ones, and an expert's logit for its group's basis is 1.
+        neighbouring experts: a basis holds the first R right singular vectors of a group's stacked matrices, A the
+        expert's part of the left ones, and an expert's logit for its group's basis is 1.
 
         Args:
             experts: experts to approximate; they are not changed.

@@ -51,7 +51,7 @@ class Experts(ExpertLayer):
         bias: whether both products have biases.
         interleaved: whether gate and up alternate along 2I, as in gpt-oss.
         transposed: whether matrices are stored as ``(E, in, out)``, as in gpt-oss, instead of ``(E, out, in)``.
-        capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
+        capacity_factor: see :func:`limit_capacity`, which drops slots beyond an expert's capacity; None drops nothing.
         form: ``"grouped"`` computes :func:`gossamer.expert_mlp`; ``"block_sparse"`` the same by SDD, activation and
             DSD over a :class:`gossamer.BlockTopology`, for which I must be a multiple of 16.
         device: of the parameters.

@@ -86,7 +86,7 @@ class LatentExperts(FactoredExperts):
         separate_latents: whether gate and up have separate latents; only with a gated activation.
         activation: a name of :class:`gossamer.Activation`, or one with its constants.
         bias: whether the experts' own products have biases.
-        capacity_factor: of :func:`limit_capacity`, which drops what passes an expert's capacity; None drops nothing.
+        capacity_factor: see :func:`limit_capacity`, which drops slots beyond an expert's capacity; None drops nothing.
         device: of the parameters.
         dtype: of the parameters.
 

@@ -22,11 +22,11 @@ class QuantizedExpertStack(nn.Module):
 
     Codes and scales are buffers, saved with the state; they move with the module and keep their dtypes when it is cast.
 
-    On the CPU, the first product without gradients brings the codes into panels, which products of few rows read
+    On the CPU, the first product without gradients moves the codes into panels, which products of few rows read
     fastest (:meth:`gossamer.QuantizedExpertWeight.to_layout`). The stack then has a buffer ``panels`` instead of
-    ``data``, of the same size; only while it copies does it hold both. Whatever asks for ``data``, the state, a copy, a
-    pickle, another device or dtype, or :meth:`weight` brings the codes back first, until the next product. Codes that
-    something else refers to stay as they are, as do those in shared memory.
+    ``data``, of the same size; it holds both only during the copy. Reading ``data`` or the state, copying, pickling,
+    moving to another device or dtype, and :meth:`weight` move the codes back first, until the next product. Codes that
+    other objects refer to, or that are in shared memory, stay in ``data``.
 
     Args:
         weight: what to hold.
@@ -58,7 +58,7 @@ class QuantizedExpertStack(nn.Module):
         return self._held() if is_compiling() else self._checked()
 
     def _held(self) -> QuantizedExpertWeight:
-        # Another thread may move the codes meanwhile, but they are in one of the buffers at any time.
+        # Another thread may move the codes between the two reads, but one of the buffers holds them at any time.
         while True:
             for layout, name in _BUFFERS.items():
                 codes = self._buffers.get(name)
@@ -80,7 +80,7 @@ class QuantizedExpertStack(nn.Module):
         """Move the codes into a layout's buffer."""
         name, other = _BUFFERS[layout], _BUFFERS[ROWS if layout == PANELS else PANELS]
         buffers = self.__dict__.get("_buffers", {})
-        # Both are there while torch.func.functional_call lends the stack other codes.
+        # Both buffers are set while torch.func.functional_call substitutes other codes.
         if buffers.get(other) is None or buffers.get(name) is not None:
             return
         # Buffers made in inference mode could not be used in training later.

@@ -25,7 +25,9 @@ def listed(routing: Routing | Sequence[Routing]) -> list[Routing]:
 
 
 def layers_of(routing: Routing | Sequence[Routing], loss: str, *, logits: bool = False) -> list[Routing]:
-    """One routing or several as a list, all with probabilities, or with logits, and the same E; for that ``loss``."""
+    """One routing or several as a list, checked to have probabilities or logits and the same E; ``loss`` names the
+    function in messages.
+    """
     layers = listed(routing)
     if not layers:
         raise ValueError("routing must hold at least one Routing, got none")
@@ -149,7 +151,7 @@ def totals_of(
     *,
     first: bool = False,
 ) -> Totals:
-    """The totals of one routing or several, checked for that ``loss``.
+    """The totals of one routing or several, after the checks of :func:`layers_of`.
 
     With ``first``, each token counts for its first choice only.
     """
