@@ -47,7 +47,7 @@ def test_one_restore_undoes_every_adapter(device):
         assert (classes(inner), implementations(inner)) == before[:2]
         assert torch.equal(inner(input_ids=ids).logits, before[2])
         assert surgery.marked(changed) == []
-        with pytest.raises(ValueError, match=r"layers that gossamer\.replace, sparsify or compress_embeddings changed"):
+        with pytest.raises(ValueError, match=r"gossamer\.replace switched, or that sparsify or compress_embeddings"):
             gossamer.restore(changed)
 
 

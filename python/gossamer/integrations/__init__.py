@@ -93,6 +93,6 @@ def restore(model: torch.nn.Module) -> None:
     surgery.check_model(model)
     if not surgery.undo(model):
         raise ValueError(
-            "model must hold layers that gossamer.replace, sparsify or compress_embeddings changed, got none in "
+            "model must be one that gossamer.replace switched, or that sparsify or compress_embeddings changed, got "
             f"{type(model).__name__}"
         )
