@@ -246,7 +246,8 @@ def test_the_server_scores_as_the_trainer_and_refuses_what_is_broken(example, tm
     while server.apply_next():
         pass
     assert server.folder.sequence == 5 and torch.equal(server.model.score(events), before)
-    assert "delta-00000006.safetensors follows another number 5" in lines[-2] and "loaded the checkpoint" in lines[-1]
+    assert "delta-00000006.safetensors does not follow the delta with number 5" in lines[-2]
+    assert "loaded the checkpoint" in lines[-1]
     folder.save(made.tensors(), info(made))
     assert server.apply_next() and server.folder.sequence == 6
     assert_equal_scores()

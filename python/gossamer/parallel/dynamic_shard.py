@@ -99,17 +99,17 @@ class DynamicShard(Table):
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """Over the ranks."""
+        """The process group of the ranks."""
         return self.mesh.get_group()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows."""
+        """The dtype of the rows."""
         return self.local.table.value_dtype
 
     @property
     def id_dtype(self) -> torch.dtype:
-        """Of ids."""
+        """The dtype of ids."""
         return self.local.table.key_dtype
 
     @property
@@ -119,11 +119,11 @@ class DynamicShard(Table):
 
     @property
     def optimizer(self):
-        """That of :attr:`local`; may be set to one with the same state, to change a number."""
+        """The optimizer of :attr:`local`; may be set to one with the same state, to change a hyperparameter."""
         return self.local.optimizer
 
     def __setattr__(self, name: str, value: object) -> None:
-        """As of any module; the optimizer is the local layer's."""
+        """As for any module, but ``optimizer`` is set on the local layer."""
         if name == "optimizer":
             self.local.optimizer = value
         else:
@@ -163,7 +163,7 @@ class DynamicShard(Table):
             learn(local, rows, dout, offsets, weights, argmax, mode)
 
     def learn_nothing(self) -> None:
-        """Nothing: a rank that holds no ids has no step to count."""
+        """Do nothing: a rank that holds no ids has no step to count."""
 
     def __len__(self) -> int:
         return len(self.local)
@@ -188,7 +188,7 @@ class DynamicShard(Table):
         return self.local.erase(ids)
 
     def train(self, mode: bool = True) -> DynamicShard:
-        """As of any module."""
+        """As for any module; the local layer follows."""
         super().train(mode)
         self.local.train(mode)
         return self
@@ -272,7 +272,7 @@ def _by_group(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tenso
 
 
 def _to_bytes(tensors: Mapping[str, torch.Tensor], header: Mapping[str, object]) -> bytes:
-    """A group of ids as bytes, which checkpoints accept in any number."""
+    """A group of ids as bytes, because checkpoints accept bytes of any length, but only tensors of a fixed shape."""
     described, parts = {}, []
     for name, tensor in tensors.items():
         described[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]

@@ -178,7 +178,7 @@ class ShardedEmbeddingFolder:
         With the same number of processes that saved it, training continues bit for bit.
 
         Args:
-            older: take the checkpoint that is this many before the newest, of those kept.
+            older: load the checkpoint this many before the newest, out of the ``keep`` kept ones.
 
         Returns:
             The additional data, and the number of this process's rows.
@@ -285,7 +285,7 @@ class ShardedEmbeddingFolder:
         for shard in [self.rank] if alone else range(len(paths)):
             tensors, header = files.read(paths[shard], DELTA)
             if header["lineage"] != self._lineages.get(shard):
-                raise DeltaGap(f"delta {paths[shard]} follows another one than that which was applied here")
+                raise DeltaGap(f"delta {paths[shard]} does not follow the delta that was applied here")
             lineages[shard], info = digest(header), header["info"]
             beside |= files.part(tensors, "beside/")
             for name, part in self._own.unpack(tensors, header, f"delta {paths[shard]}").items():

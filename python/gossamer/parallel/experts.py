@@ -119,7 +119,7 @@ def _divide(
     slices: Level | None,
     columns: dict[str, Columns],
 ) -> None:
-    """Put the part of each stack that is here in place of the whole."""
+    """Replace each stack by the part that this process keeps."""
     for name, stack in stacks.items():
         part = local_part(stack.shape[0], levels)
         whole = stack.detach()

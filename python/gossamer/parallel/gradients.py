@@ -1,4 +1,4 @@
-"""Gradients of what several processes share, and the norm of gradients that they divide."""
+"""Gradients of values that several processes share, and the norm of gradients that are divided among processes."""
 
 from __future__ import annotations
 

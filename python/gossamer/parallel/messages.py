@@ -13,7 +13,7 @@ _WORD = 8
 
 
 def words(numel: int, dtype: torch.dtype) -> int:
-    """Number of 8-byte words that ``count`` elements take in a message."""
+    """Number of 8-byte words that ``numel`` elements take in a message."""
     return -(-numel * dtype.itemsize // _WORD)
 
 

@@ -143,12 +143,12 @@ class TablePlan:
     tables: dict[str, TableInfo] = field(repr=False)
 
     def split(self, name: str) -> Split:
-        """How a table lies over the ranks."""
+        """How a table is distributed over the ranks."""
         info = self.tables[name]
         return Split(self.kinds[name], info.rows, info.columns, self.world, self.owners.get(name, 0))
 
     def _parts(self, name: str) -> list[float]:
-        """The part of a table that each rank holds, 1 for all of it."""
+        """The fraction of a table that each rank holds."""
         split = self.split(name)
         return [split.piece(rank).numel / max(split.rows * split.columns, 1) for rank in range(self.world)]
 
@@ -370,7 +370,7 @@ def _owners(tables: Mapping[str, TableInfo], kinds: Mapping[str, str], world: in
         def load(rank: int, info: TableInfo = info) -> tuple[float, float]:
             held = nbytes[rank] + info.nbytes / total
             ids = lookups[rank] + world * info.lookups / looked
-            # Bytes have a bound; within it, lookups decide.
+            # A rank within its share of bytes, slack included, is ranked by bytes or lookups, whichever is higher.
             return max(held / SLACK, 1.0), max(held, ids)
 
         rank = min(range(world), key=lambda rank: (*load(rank), rank))

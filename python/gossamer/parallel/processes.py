@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from gossamer._checks import check_number
 
-# Longer than the 5 ms for which a thread waits before it asks for the interpreter again, so that one that waits for it
-# is seen to wake between two looks.
+# Longer than the 5 ms after which a thread that waits for the interpreter asks for it again, so that such a thread
+# wakes at least once between two observations.
 _INTERVAL = 0.01
 _TASKS = Path("/proc/self/task")
 
@@ -47,7 +47,7 @@ def shutdown(timeout: float = 30.0) -> None:
 
 def _threads_rest(timeout: float) -> bool:
     """Whether all gloo threads of this process came to rest within ``timeout`` seconds."""
-    if not _TASKS.is_dir():  # only Linux tells what a thread does; a thread that can run does so within this time
+    if not _TASKS.is_dir():  # only Linux shows what threads do; elsewhere, give them time to finish
         time.sleep(10 * _INTERVAL)
         return True
     end = time.monotonic() + timeout
@@ -56,7 +56,7 @@ def _threads_rest(timeout: float) -> bool:
         if time.monotonic() > end:
             return False
         before = now
-        time.sleep(_INTERVAL)  # gives up the interpreter, which a thread needs to release a tensor
+        time.sleep(_INTERVAL)  # releases the interpreter, which gloo's threads need to free a tensor
     return True
 
 

@@ -133,7 +133,7 @@ class ShardedExperts:
             return local
         columns = self.columns[name]
         if columns.dim is None:
-            # Only the first rank adds it.
+            # A tensor without a dimension of I is added once, by the first rank.
             local = copied(local, self.slices.group)
             return local if self.slices.rank == 0 else local * 0
         return local if columns.merged is None else local.flatten(columns.merged, columns.merged + 1)

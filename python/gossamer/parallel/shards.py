@@ -73,7 +73,7 @@ class TableShard(FusedTable):
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """Over the ranks."""
+        """The process group of the ranks."""
         return self.mesh.get_group()
 
     # Whether ids are added and removed.
@@ -86,7 +86,7 @@ class TableShard(FusedTable):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows."""
+        """The dtype of the rows."""
         return self.weight.dtype
 
     @property

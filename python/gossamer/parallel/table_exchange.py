@@ -60,7 +60,7 @@ class Request(NamedTuple):
         return "rows" if self.shard.dynamic or not self.pooled or self.shard.split.kind == "row" or weighs else "sums"
 
     def describe(self) -> str:
-        """The data that must be equal on all ranks."""
+        """A description of everything that must be equal on all ranks."""
         weights = None if self.weights is None else (self.weights.dtype, self.weights.requires_grad)
         own = (self.shard.split, self.features, self.mode, self.pooled, self.out_dtype, self.inserts)
         return repr((own, weights, self.learns, self.way))
@@ -244,7 +244,7 @@ class Lookup:
                 self._read_request(asked.request, served, readers, numbers)
 
     def _parts(self, request: Request) -> int:
-        """Parts of each rank's message that a request makes for this rank."""
+        """The number of tensors that a request adds to the message from each rank to this one."""
         if self.rank not in request.shard.split.holders():
             return 0
         return (request.way == "rows") + request.lists * (2 + (request.weights is not None))

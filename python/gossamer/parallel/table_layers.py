@@ -41,9 +41,9 @@ class Sharded:
     """The base of sharded tables; each call of one is a separate exchange.
 
     Attributes:
-        group: over the ranks.
+        group: the process group of the ranks.
         device: of the tables.
-        scale: of the gradients that rows get.
+        scale: factor of the gradients that rows get.
     """
 
     scale: float = 1.0
@@ -266,17 +266,17 @@ class ShardedTableBatchedEmbeddingBags(Sharded, nn.Module):
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """Over the ranks."""
+        """The process group of the ranks."""
         return self.mesh.get_group()
 
     @property
     def device(self) -> torch.device:
-        """Of the tables."""
+        """The device of the tables."""
         return self.tables[0].weight.device
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """Of all tables."""
+        """The optimizer of all tables."""
         return self.tables[0].optimizer
 
     @optimizer.setter
@@ -424,7 +424,7 @@ class ShardedDynamicEmbedding(Sharded, DynamicShard):
 
     @property
     def device(self) -> torch.device:
-        """Of the table."""
+        """The device of the table."""
         return self.local.device
 
     @property
@@ -447,7 +447,7 @@ class ShardedDynamicEmbedding(Sharded, DynamicShard):
     ) -> Prepared:
         """A lookup of bags, or of ids without pooling."""
         if weights is not None and per_sample_weights is not None:
-            raise ValueError("weights must be None beside per_sample_weights, which it is another name of")
+            raise ValueError("weights is another name of per_sample_weights, only one of them may be given")
         weights = per_sample_weights if weights is None else weights
         if self.pooling is None and (offsets is not None or weights is not None):
             raise ValueError("offsets and weights must be None without pooling")

@@ -52,7 +52,7 @@ class _SumRows(torch.autograd.Function):
 
 
 class _PickSlots(torch.autograd.Function):
-    """``weights.flatten()[slots]``, 0 for slots beyond; no slot occurs twice, so gradients need no sum."""
+    """``weights.flatten()[slots]``, 0 for slots past the end; no slot occurs twice, so gradients need no sum."""
 
     @staticmethod
     def forward(ctx, weights, slots):

@@ -271,7 +271,7 @@ class EmbeddingFolder:
         what = f"delta {path}"
         parts = self.unpack(tensors, header, what)
         if header["lineage"] != self.lineage:
-            raise DeltaGap(f"{what} follows another number {self.sequence} than the one that was applied here")
+            raise DeltaGap(f"{what} does not follow the delta with number {self.sequence} that was applied here")
         with self._locked():
             rows = self.apply_parts(parts, what)
             self.sequence, self.lineage = header["sequence"], digest(header)

@@ -25,7 +25,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes of float32 state that each optimizer keeps for a parameter.
 STATES = {"sgd": 0, "momentum": 4, "adam": 8}
 STRATEGIES = ("data", "fsdp", "tensor", "expert")
-# With each row travel an id and a weight for each expert that it may meet; the numbers of rows travel before the rows.
+# Each row carries an id and a weight for each expert that it may meet; the numbers of rows are exchanged first.
 ROUTE_BYTES, WEIGHT_BYTES, SIZE_BYTES = 8, 4, 16
 
 
@@ -238,7 +238,9 @@ def _copied(layout: Layout) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def shards(cluster: Cluster, layout: Layout, copies: int, stride: int) -> int:
-    """The number of devices, of ``copies`` devices ``stride`` apart, that share what each would else hold whole."""
+    """The number of devices that split one copy, out of ``copies`` devices ``stride`` apart that would each hold
+    one.
+    """
     if layout.shard == "node":
         local = cluster.group(copies, stride).local
         return local if copies % local == 0 else 1
@@ -269,7 +271,7 @@ def price(model: Model, cluster: Cluster, work: Workload, rates: ModelRates, lay
     def products(count: float, rate: Rate, weights: float) -> float:
         """Seconds of products with ``count`` multiply-adds per token, or of reading the weights if longer."""
         seconds = passes * 2 * work.tokens * count / rate.value
-        # The backward pass reads the weights and writes their gradients.
+        # A training step reads the weights twice and writes their gradients once.
         read = 0.0 if rates.memory is None else passes * weights * work.nbytes / rates.memory.value
         return max(seconds, read)
 
@@ -333,7 +335,7 @@ def _add_rows(tally: _Tally, model: Model, cluster: Cluster, work: Workload, lay
     group = cluster.group(layout.expert)
     row = model.hidden * work.nbytes
     slots = min(model.top_k, -(-model.experts // layout.expert))
-    # The gradient of the rows brings the gradient of their weights along.
+    # The gradients of the rows travel together with the gradients of their weights.
     messages = [row + ROUTE_BYTES * slots, row]
     messages += [row, row + WEIGHT_BYTES * slots] if work.trains else []
     rows = work.tokens * max(met_ranks(model, layout.expert)) * work.imbalance
@@ -356,7 +358,7 @@ def _add_tensor(tally: _Tally, model: Model, cluster: Cluster, work: Workload, l
     group, degree = cluster.group(layout.tensor), layout.tensor
     nbytes = float(work.tokens * degree * model.hidden * work.nbytes)
     reduce, sent = cluster.all_reduce(group, nbytes), 2 * nbytes * (degree - 1) / degree
-    # One sum after attention and one after the feed-forward layer, and as many in the backward pass.
+    # Each pass has one sum after attention and one after the feed-forward layer; training has two passes.
     passes = 2 if work.trains else 1
     tally.add("tensor", reduce, sent, passes * model.layers)
     dense_layers = model.layers - model.moe_layers
@@ -368,7 +370,8 @@ def _add_tensor(tally: _Tally, model: Model, cluster: Cluster, work: Workload, l
     else:
         layers = model.layers
     tally.add("tensor", reduce, sent, passes * layers)
-    # The embedding, whose rows are split, and the gradient of the head's input.
+    # The forward pass also sums the embedding, whose rows are split, and the backward pass the gradient of the head's
+    # input.
     tally.add("tensor", reduce, sent, passes)
 
 

@@ -138,7 +138,7 @@ class Rates:
         return name in self.given or bool(self._found(name, dtype, direction, None))
 
     def _found(self, name: str, dtype: str, direction: str, variant: str | None) -> list[_Found]:
-        """The values of a rate that all runs of the device measured."""
+        """The values of a rate that the device's runs measured."""
         found: list[_Found] = []
         for run in self._device_runs():
             try:
