@@ -77,7 +77,11 @@ CASES = {
         TypeError,
         "top_k must be an int, got Tensor",
     ),
-    "overlapping_out": (lambda: adapters(torch.zeros(1, 3).expand(2, 3)), ValueError, "out must not have elements"),
+    "overlapping_out": (
+        lambda: adapters(torch.zeros(1, 3).expand(2, 3)),
+        ValueError,
+        "out must not have elements that share memory",
+    ),
     "overlapping_bias": (
         lambda: nn.update_expert_bias(torch.zeros(1).expand(2), expert_ids(2, 1)[:, 0], 0.1),
         ValueError,
@@ -532,7 +536,7 @@ NUMBERS = {
             2,
         ),
         ValueError,
-        "bins must begin no expert after its rows",
+        "bins must start each expert at or before its first row",
     ),
     "losses elsewhere": (
         lambda: nn.router_losses(routing(losses={"entropy": torch.ones(3, device="meta")})),

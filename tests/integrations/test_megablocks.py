@@ -259,7 +259,9 @@ class TestLosses:
         assert len(get_load_balancing_loss()) == 2 and len(get_load_balancing_loss(layer)) == 1
         clear_load_balancing_loss()
         assert get_load_balancing_loss() == []
-        with pytest.raises(ValueError, match=r"needs the notes of 1 layers .* got 0: layers note theirs in training"):
+        with pytest.raises(
+            ValueError, match=r"needs the records of 1 layers .* got 0: layers record theirs in training"
+        ):
             batched_load_balancing_loss(args)
         layer.eval()(randn(T, H, device=device))
         assert get_load_balancing_loss() == []

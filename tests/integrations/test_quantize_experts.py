@@ -348,12 +348,14 @@ def test_errors():
         gossamer.quantize_experts(1, "int8")
     moe = gossamer.nn.MoE(48, 32, 4, 2)
     state = {k: v.clone() for k, v in moe.state_dict().items()}
-    with pytest.raises(ValueError, match=r"experts \(Experts\): gate_up_proj has 48 input columns, no multiple of 32"):
+    with pytest.raises(
+        ValueError, match=r"experts \(Experts\): gate_up_proj has 48 input columns, not a multiple of 32"
+    ):
         gossamer.quantize_experts(moe, "mxfp4")
-    with pytest.raises(ValueError, match=r"no multiple of 32; formats that take them: fp8, fp8_block, int8$"):
+    with pytest.raises(ValueError, match=r"not a multiple of 32; formats that take them: fp8, fp8_block, int8$"):
         gossamer.quantize_experts(moe, "int4")
     with pytest.raises(
-        ValueError, match=r"64 input columns, no multiple of 128; formats .*: int4 with group_size 32, int4"
+        ValueError, match=r"64 input columns, not a multiple of 128; formats .*: int4 with group_size 32, int4"
     ):
         gossamer.quantize_experts(gossamer.nn.MoE(64, 128, 4, 2), "int4", group_size=128)
     report = gossamer.quantize_experts(moe, "mxfp4", strict=False)
@@ -366,7 +368,7 @@ def test_errors():
         gossamer.load_quantized_experts(qwen(), {})
     model = qwen()
     gossamer.quantize_experts(model, "int8")
-    with pytest.raises(ValueError, match="they are quantised"):
+    with pytest.raises(ValueError, match="they were quantised"):
         gossamer.restore(model)
 
 

@@ -67,7 +67,7 @@ def test_parts_that_cannot_be_undone_keep_the_rest(device):
     model = nn.ModuleDict({"table": nn.Embedding(8, 4), "experts": gossamer.nn.Experts(2, 32, 32)}).to(device)
     gossamer.replace(model, embeddings=True)
     gossamer.quantize_experts(model, "int8")
-    with pytest.raises(ValueError, match="experts must hold its own weights to be restored, they are quantised"):
+    with pytest.raises(ValueError, match="experts must hold its float weights to be restored, they were quantised"):
         gossamer.restore(model)
     assert type(model["table"]) is Embedding
     gossamer.restore(model["table"])

@@ -262,7 +262,7 @@ def test_a_forward_of_ones_own_is_left_alone(device):
             return super().forward(*args)
 
     config = transformers.MixtralConfig(hidden_size=16, intermediate_size=8, num_local_experts=4)
-    with pytest.raises(ValueError, match=r"\(Own\): Own.forward asks for no experts implementation"):
+    with pytest.raises(ValueError, match=r"\(Own\): Own.forward does not use an experts implementation"):
         gossamer.replace(torch.nn.ModuleList([Own(config)]).to(device))
     assert "computes 1 of 1" in str(gossamer.replace(torch.nn.ModuleList([Watched(config)]).to(device)))
 

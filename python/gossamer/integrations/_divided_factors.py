@@ -51,7 +51,7 @@ class _ExpertFactor(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, object], prefix: str, *args: object) -> None:
         key = prefix + "weight"
         flat = state_dict.get(key)
-        # Of another shape, it is left to the error of the base class.
+        # A tensor of another shape is left to the base class, which reports it.
         if flat is not None and flat.shape == self.flat(torch.empty(self.weight.shape, device="meta")).shape:
             state_dict[key] = self.divided(flat, self.weight.device_mesh)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -91,7 +91,7 @@ def divide_factor(
         cls: :class:`ExpertFactorA` or :class:`ExpertFactorB`.
         num_experts: E.
         mesh: over which experts are divided.
-        copies: groups of processes with the same experts, which get the values of the first.
+        copies: groups of processes with the same experts; all get the values of the group's first process.
     """
     if isinstance(linear, _ExpertFactor):
         return

@@ -1,4 +1,4 @@
-"""What PEFT's layers computed by gossamer share: their base weights, and the adapters that a call uses."""
+"""Shared by gossamer's classes for PEFT's layers: their base weights, and the adapters that a call uses."""
 
 from __future__ import annotations
 

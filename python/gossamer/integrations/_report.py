@@ -38,7 +38,7 @@ class Replacement:
     Attributes:
         switched: the modules that gossamer computes now.
         skipped: those left alone.
-        kind: what the modules are called.
+        kind: the name of these modules in the report.
     """
 
     switched: tuple[SwitchedModule, ...]

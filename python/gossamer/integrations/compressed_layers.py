@@ -14,7 +14,7 @@ from gossamer.ops.gather_reduce import check_offsets
 class InPlace(nn.Module):
     """A table that replaces another layer and has its sizes.
 
-    It has what all tables have. What one kind alone has, such as ``sparsify``, is reached by :attr:`table`.
+    It has the methods of every table. Methods of a single kind, such as ``sparsify``, are called on :attr:`table`.
     """
 
     table: Table

@@ -302,7 +302,7 @@ def _obstacle(name: str, module: nn.Module) -> str | None:
     layout = LAYOUTS[key]
     for path in layout.bypassed:
         if surgery.hooked(module.get_submodule(path)):
-            return f"calls of its {path} are hooked, and there would be none"
+            return f"its {path} has hooks, which would not run, because gossamer does not call it"
     for path in layout.inside:
         if _key(type(module.get_submodule(path))) not in LAYOUTS:
             return f"its {path} is a {type(module.get_submodule(path)).__name__}"

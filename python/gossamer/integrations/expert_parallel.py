@@ -59,7 +59,7 @@ class GossamerEP(EPImplementation):
         experts.gossamer_exchange = self
 
     def __deepcopy__(self, memo: dict) -> GossamerEP:
-        # As with the module's forward, of which copies of the module share the original's.
+        # Not copied: a copy of the module also shares the forward of the original.
         return self
 
     @contextlib.contextmanager

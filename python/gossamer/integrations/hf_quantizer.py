@@ -31,7 +31,7 @@ from gossamer.ops.quantized_expert_weight import (
 
 METHOD = "gossamer"
 
-# transformers splits experts by patterns of their parameters' names when it saves; none of them may match these.
+# When it saves, transformers splits experts whose parameters' names match certain patterns; these names match none.
 _FILE_NAME = {
     f"{weight}.{part}": f"quantized_{part}_{weight}"
     for weight in ("gate_up_proj", "up_proj", "down_proj", "weight")
@@ -54,7 +54,8 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
         activations: as in :func:`gossamer.quantize_experts`.
 
     Raises:
-        ValueError: an unknown format, one that is none for ``activations``, or neither a format nor experts.
+        ValueError: the format is unknown or does not support ``activations``, or neither a format nor experts are
+            given.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
             check_format(format)
             check_activations(activations, format)
         elif not self.experts:
-            raise ValueError("quantization_config must have a format, or say what experts there are, got neither")
+            raise ValueError("quantization_config must have a format or a description of the experts, got neither")
 
 
 def _stacks(model: nn.Module) -> dict[str, QuantizedExpertStack]:
@@ -108,7 +109,7 @@ class QuantizedExpertsQuantizer(HfQuantizer):
             parent, _, weight = path.rpartition(".")
             module = _find(model, parent)
             if not isinstance(getattr(module, weight, None), (nn.Parameter, QuantizedExpertStack)):
-                raise ValueError(f"quantization_config names the experts {path}, which {type(model).__name__} has not")
+                raise ValueError(f"quantization_config names the experts {path}, which {type(model).__name__} lacks")
             scale_dtype = getattr(torch, str(held["scale_dtype"]))
             empty = QuantizedExpertWeight(
                 torch.empty(held["data"], dtype=FORMATS[held["format"]][0], device="meta"),

@@ -246,7 +246,7 @@ def _obstacle(name: str, module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward is overridden on the instance"
     if _Computed.class_of(type(module)) is None:
-        return "its forward is decorated in a way that cannot be looked into"
+        return "its forward has a decorator that cannot be inspected"
     parameter = next(module.parameters(), None)
     return None if parameter is None else surgery.tensor_obstacle("a weight", parameter)
 

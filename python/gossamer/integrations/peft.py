@@ -253,9 +253,9 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
 
     Raises:
         TypeError: ``adapter_names`` is a str or holds something else than str and None.
-        ValueError: the model was not switched, an adapter is missing, or one uses DoRA, which a mixed batch cannot; in
-            the block's forward passes, one updates a parameter outside experts by ``target_parameters``; an
-            adapter has a part that only PEFT computes, such as ``modules_to_save``.
+        ValueError: the model was not switched, or an adapter is missing, uses DoRA, which mixed batches do not support,
+            or has a part that only PEFT computes, such as ``modules_to_save``. Forward passes in the block raise it if
+            an adapter updates a parameter outside experts by ``target_parameters``.
     """
     if isinstance(adapter_names, str) or not all(name is None or isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names must be a sequence of str or None, got {adapter_names!r}")

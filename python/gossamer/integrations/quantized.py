@@ -79,13 +79,13 @@ def _width(weight_format: str, group_size: int) -> int:
 
 
 def _width_obstacle(columns: int, weight_format: str, group_size: int) -> str | None:
-    """Why so many input columns have no codes of this format, with the formats that take them; or None."""
+    """Why this format cannot encode so many input columns, and which formats can; None if it can."""
     width = _width(weight_format, group_size)
     if columns % width == 0:
         return None
     fitting = [f"int4 with group_size {group}" for group in INT4_GROUPS if columns % group == 0]
     fitting += [name for name in FORMATS if name != "int4" and columns % _width(name, group_size) == 0]
-    return f"{columns} input columns, no multiple of {width}; formats that take them: {', '.join(fitting)}"
+    return f"{columns} input columns, not a multiple of {width}; formats that take them: {', '.join(fitting)}"
 
 
 def _linear_obstacle(module: nn.Linear, uses: Counter, weight_format: str, group_size: int) -> str | None:
@@ -136,7 +136,7 @@ def hold(module: nn.Module, name: str, weight: QuantizedExpertWeight) -> None:
 
 def undo_obstacle(module: nn.Module, before: None) -> str | None:
     """Why there is no way back: the floats are gone."""
-    return "must hold its own weights to be restored, they are quantised"
+    return "must hold its float weights to be restored, they were quantised"
 
 
 def undo(module: nn.Module, before: None) -> nn.Module:
@@ -205,9 +205,9 @@ def quantize_experts(
 
     Raises:
         TypeError: ``model`` is not a module, or ``include_linears`` neither a bool nor a function.
-        ValueError: the format or group size is unknown, the format is none for ``activations``, nothing to quantise is
-            inside, a weight is empty or holds NaN or infinity (then nothing is changed), or, under ``strict``, an
-            experts module's weights do not fit the format or are quantised already.
+        ValueError: the format or group size is unknown, the format does not support ``activations``, the model holds
+            nothing to quantise, a weight is empty or holds NaN or infinity (then nothing is changed), or, under
+            ``strict``, an experts module's weights do not fit the format or are quantised already.
     """
     check_format(format)
     check_activations(activations, format)
@@ -332,7 +332,7 @@ def _read(
 def _placed(
     weight: QuantizedExpertWeight, device: torch.device | str | None, activations: str
 ) -> QuantizedExpertWeight:
-    """The weight on a device, None for its own, for products that take activations so."""
+    """The weight on ``device`` (None leaves it where it is), with this choice of ``activations``."""
     data, scale = (t if device is None else t.to(device) for t in (weight.data, weight.scale))
     return replace(weight, data=data, scale=scale, activations=activations)
 
@@ -370,8 +370,8 @@ def load_quantized_experts(
 
     Raises:
         TypeError: ``model`` is not a module, or a tensor has another dtype than its format.
-        ValueError: no experts are inside, a module's weight is not among ``tensors``, shapes do not fit, or a format is
-            none for ``activations``.
+        ValueError: the model holds no experts, a module's weight is not among ``tensors``, shapes do not fit, or a
+            format does not support ``activations``.
     """
     surgery.check_model(model)
     if not hasattr(tensors, "keys") or not hasattr(tensors, "__getitem__"):

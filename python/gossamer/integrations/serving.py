@@ -270,10 +270,10 @@ def serve_adapters(model: nn.Module, adapters: Mapping[str, str | Path]) -> Serv
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``, ``adapters`` no mapping, or a name no str.
-        ValueError: no adapters; a folder's file is missing, damaged, or a pickle; an option that cannot be served
-            beside others (DoRA, saved modules, initialisations that change the base, ...), by name; a tensor that fits
-            no module, or not by its size; a model that PEFT has wrapped, that serves adapters already, or that
-            ``torch.nn.DataParallel`` copies.
+        ValueError: there are no adapters; a file is missing, damaged or a pickle; an adapter sets an option that cannot
+            be served beside others (DoRA, saved modules, initialisations that change the base, ...), which the message
+            names; a tensor belongs to no module or has the wrong size; or PEFT has wrapped the model, it serves
+            adapters already, or ``torch.nn.DataParallel`` copies it.
     """
     check_model(model)
     _check_adapters(adapters)

@@ -262,7 +262,7 @@ def sparsify(
         mask = masks[name]
         blocks, places = int(mask.sum()), mask.numel()
         if distribution == "erk" and blocks == places:
-            skipped.append(SkippedModule(name, "Linear", "its share of the budget is all of it"))
+            skipped.append(SkippedModule(name, "Linear", "its share of the budget is all its blocks"))
             continue
         stored, dense = blocks * math.prod(block), module.weight.numel()
         if stored > dense:

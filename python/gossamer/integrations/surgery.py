@@ -5,11 +5,11 @@ marks each module it changes with its own name and what is needed to undo the ch
 copies, parts of a model and models around it are restored too. To be undone, an adapter module offers
 
 * ``undo_obstacle(module, before) -> str | None``: why a marked module cannot be undone now;
-* ``undo(module, before) -> nn.Module``: the module that takes its place, itself where it was changed in place.
+* ``undo(module, before) -> nn.Module``: the module that replaces it, or the module itself if changed in place.
 
 Adapters that :func:`gossamer.replace` calls also offer ``survey(model, strict) -> Survey``, which changes nothing and
-raises what it refuses, ``swap(model, survey) -> Replacement``, and, if they are called without being named,
-``holds_layers(model) -> bool``. All surveys run before the first swap.
+raises an error for what it refuses, ``swap(model, survey) -> Replacement``, and, if they are called without being
+named, ``holds_layers(model) -> bool``. All surveys run before the first swap.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def tensor_obstacle(
     Args:
         what: names the tensor in the reason.
         tensor: a weight of some module.
-        devices: that are taken.
-        wrappers: names of tensor subclasses that are taken.
+        devices: types of device that are accepted.
+        wrappers: names of tensor subclasses that are accepted.
     """
     if is_traceable_wrapper_subclass(tensor) and type(tensor).__name__ not in wrappers:
         return f"{what} is a {type(tensor).__name__}"
@@ -120,7 +120,7 @@ def mark(module: nn.Module, adapter: str, before: object = None) -> None:
 
 
 def marked(model: nn.Module, *adapters: str) -> list[tuple[str, nn.Module, str]]:
-    """Path, module and adapter of every mark, of these adapters or, without any named, of all."""
+    """Path, module and adapter of every mark that these adapters made; of all marks if no adapter is named."""
     return [
         (name, module, adapter)
         for name, module in model.named_modules()
@@ -138,7 +138,7 @@ def substitute(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def undo(model: nn.Module, *adapters: str) -> bool:
-    """Undo every mark of these adapters, or of all; whether there was one.
+    """Undo the changes marked by these adapters, or by all; returns whether there were any.
 
     Raises:
         ValueError: a module cannot be undone; nothing is changed then.

@@ -1,9 +1,9 @@
 """Resuming the Trainer of transformers with a mixture-of-experts model.
 
 Checkpoints hold the experts of most models one by one; the model has them stacked, and ``from_pretrained`` converts.
-``Trainer.train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` do not: they leave out what has another
-name, with a warning, so training goes on with the experts that the model was made with. :class:`ResumeExperts` loads
-them.
+``Trainer.train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` do not convert: they skip tensors under
+other names, with a warning, so training would continue with newly initialised experts. :class:`ResumeExperts` loads
+the checkpoint's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class ResumeExperts(TrainerCallback):
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[ResumeExperts()])
     >>> trainer.train(resume_from_checkpoint=True)
 
-    What a checkpoint names otherwise than the model is kept when the Trainer loads it, converted by ``from_pretrained``
-    when training begins (and, for the best model, when it ends), and copied into the model's own parameters. Needs
-    memory for one more model on the CPU meanwhile. Models of PEFT, whose checkpoints hold adapters, DeepSpeed and FSDP
-    are left to the Trainer.
+    Tensors that a checkpoint stores under other names than the model are kept when the Trainer loads it. When training
+    begins (and, for the best model, when it ends) ``from_pretrained`` converts them, and they are copied into the
+    model's parameters. This temporarily needs memory for a second model on the CPU. Models of PEFT, whose checkpoints
+    hold adapters, DeepSpeed and FSDP are left to the Trainer.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class ResumeExperts(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Start to keep the tensors that are loaded under names unknown to the model."""
+        """Start keeping tensors that are loaded under names that the model does not have."""
         model = kwargs.get("model")
         if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
             model.register_load_state_dict_pre_hook(self._keep)
@@ -64,8 +64,8 @@ class ResumeExperts(TrainerCallback):
         )
         if missing := sorted(left & set(found["missing_keys"])):
             raise ValueError(
-                f"the checkpoint must hold {missing[0]} under the name that save_pretrained gives it, and so "
-                f"{len(missing) - 1} more; it has {min(foreign)} and {len(foreign) - 1} more that are not the model's"
+                f"the checkpoint must hold {missing[0]} under the name that save_pretrained gives it, and "
+                f"{len(missing) - 1} others; it has {min(foreign)} and {len(foreign) - 1} others that the model lacks"
             )
         with torch.no_grad():
             values = fresh.state_dict()
@@ -78,7 +78,7 @@ class ResumeExperts(TrainerCallback):
         """Give the model the experts of the checkpoint that training resumes from.
 
         Raises:
-            ValueError: the checkpoint has not all that the model has.
+            ValueError: the checkpoint lacks a tensor of the model.
         """
         if self._foreign:
             self._mend(kwargs["model"])
@@ -86,7 +86,7 @@ class ResumeExperts(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Give the model the experts of its best checkpoint, where ``load_best_model_at_end`` loaded that.
+        """Give the model the experts of its best checkpoint if ``load_best_model_at_end`` loaded it.
 
         Raises:
             ValueError: as :meth:`on_train_begin`.

@@ -59,7 +59,7 @@ def dispatch_ids(top_k_index: torch.Tensor, num_experts: int) -> Dispatch:
     ids = top_k_index if top_k_index.dtype in INDEX_DTYPES else top_k_index.long()
     top_k = ids.shape[1]
     if top_k <= num_experts:
-        # Of ranks that have some of the experts: rows of buffers for those slots alone.
+        # On a rank that has only some of the experts, max_rows makes buffers of only the rows of these experts.
         return dispatch(ids, num_experts, max_rows=ids.numel())
     # Under expert parallelism a rank may have fewer experts than K. Ids from num_experts on belong to other ranks, and
     # are sorted as experts whose rows lie past the last offset kept.
@@ -181,7 +181,7 @@ def _accept_name() -> None:
     """Make model classes take our name where they check it against a fixed list, as in the first releases of 5."""
     check = transformers.PreTrainedModel.get_correct_experts_implementation
     try:
-        # A name in the registry is accepted without a look at the model.
+        # Later releases accept any registered name without reading the model, so None can stand in for it.
         check(None, NAME)
     except ValueError:
         pass
@@ -197,7 +197,7 @@ def _accept_name() -> None:
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 _accept_name()
-# Earlier releases of 5 have no plug for it, and some builds of torch have no process groups.
+# Earlier releases of 5 have no interface for it, and some builds of torch have no process groups.
 if torch.distributed.is_available() and importlib.util.find_spec("transformers.distributed.expert_parallel"):
     importlib.import_module("gossamer.integrations.expert_parallel")
 
@@ -211,7 +211,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def holds_layers(model: nn.Module) -> bool:
-    """Whether there is an experts module inside."""
+    """Whether the model contains an experts module."""
     return any(is_experts(module) for module in model.modules())
 
 
@@ -249,14 +249,14 @@ def experts_obstacle(experts: nn.Module) -> str | None:
     if "experts_interface" in freevars:
         interface = freevars["experts_interface"].cell_contents
         if NAME not in interface:
-            return f"it is quantised: {type(interface).__name__} takes no float implementation"
+            return f"it is quantised: {type(interface).__name__} does not accept an implementation for floats"
     elif (
         "original_forward" not in freevars
         and "__class__" not in freevars
         and "forward" not in chain[0].__code__.co_names
     ):
-        # A subclass's own forward asks for an implementation only where it calls its base's.
-        return f"{type(experts).__name__}.forward asks for no experts implementation"
+        # A subclass with a forward of its own uses an implementation only if it calls the base class's forward.
+        return f"{type(experts).__name__}.forward does not use an experts implementation"
     for name, weight in _expert_weights(experts):
         if isinstance(weight, QuantizedExpertStack):
             continue
@@ -272,7 +272,7 @@ def experts_obstacle(experts: nn.Module) -> str | None:
 
 
 def _set_implementation(config: object, value: str | None) -> None:
-    # The property itself would also write every sub-config, whose modules may be none of ours.
+    # Setting the property would also change every sub-config, whose modules gossamer may not compute.
     name = "_experts_implementation_internal"
     setattr(config, name if hasattr(config, name) else "_experts_implementation", value)
 
@@ -289,7 +289,9 @@ def _no_experts(model: nn.Module) -> str:
 
 
 def survey(model: nn.Module, strict: bool) -> surgery.Survey:
-    """The experts modules inside ``model``; raises a ValueError when ``strict`` and there are none or others."""
+    """The experts modules inside ``model``; raises a ValueError when ``strict`` and there are none or one cannot be
+    switched.
+    """
     surgery.check_model(model)
     experts = [(name, module) for name, module in model.named_modules() if is_experts(module)]
     if not experts and strict:
@@ -334,14 +336,14 @@ def swap(model: nn.Module, found: surgery.Survey) -> Replacement:
 
 
 def undo_obstacle(module: nn.Module, before: str | None) -> str | None:
-    """Why the implementation cannot be what it was before: its own code reads no quantised weights."""
+    """Why the previous implementation cannot be restored, or None: it cannot read quantised weights."""
     if is_experts(module) and any(isinstance(weight, QuantizedExpertStack) for _, weight in _expert_weights(module)):
-        return "must hold its own weights to be restored, they are quantised"
+        return "must hold its float weights to be restored, they were quantised"
     return None
 
 
 def undo(module: nn.Module, before: str | None) -> nn.Module:
-    """Name the implementation of before in the module's config."""
+    """Put the previous implementation back into the module's config."""
     _set_implementation(module.config, before)
     return module
 

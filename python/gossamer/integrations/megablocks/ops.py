@@ -232,7 +232,7 @@ def _check_rows(x: torch.Tensor, indices: torch.Tensor, top_k: int, **others: to
         check_range("bin_ids", others["bin_ids"], others["bins"].shape[0])
         first = _starts(others["bins"])[others["bin_ids"].long()]
         if (first > torch.arange(indices.shape[0])).any():
-            raise ValueError(f"bins must begin no expert after its rows, got {others['bins'].tolist()}")
+            raise ValueError(f"bins must start each expert at or before its first row, got {others['bins'].tolist()}")
 
 
 def _starts(bins: torch.Tensor) -> torch.Tensor:

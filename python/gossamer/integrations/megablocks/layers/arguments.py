@@ -45,7 +45,7 @@ class Arguments:
         expert_parallel_group: must be None.
         pipeline_model_parallel_size: stages that the layers are spread over, for the balance loss.
         num_layers_per_virtual_pipeline_stage: layers of this stage, or None.
-        memory_optimized_mlp: no effect: the fused layer always saves as little.
+        memory_optimized_mlp: no effect: the fused layer always saves as little for the backward pass as this option.
         mlp_type: ``"mlp"`` or ``"glu"``; ``"glu"`` for :class:`dMoE` only.
         mlp_impl: for :class:`dMoE`: ``"sparse"`` for block-sparse products, ``"grouped"`` for grouped ones.
         fp16: whether parameters are float16.

@@ -16,7 +16,7 @@ def get(args: Arguments) -> GroupedMLP:
     """Experts of the class that ``args.mlp_type`` and ``args.mlp_impl`` name.
 
     Raises:
-        ValueError: an option that is not served, by its name.
+        ValueError: an option is not supported; the message names it.
     """
     check_arguments(args)
     return _REGISTRY[args.mlp_type][args.mlp_impl](args)

@@ -38,8 +38,8 @@ class dMoE(MoE):
         shared_expert: with ``up_proj``, ``gate_proj`` (``mlp_type="glu"``) and ``down_proj``, or None.
 
     Raises:
-        ValueError: an option that is not served, by its name; with ``mlp_impl="sparse"``, an f that is not a multiple
-            of 16.
+        ValueError: an option is not supported (the message names it), or, with ``mlp_impl="sparse"``, f is not a
+            multiple of 16.
     """
 
     def _init_experts_mlp(self, args: Arguments) -> ParallelDroplessMLP:

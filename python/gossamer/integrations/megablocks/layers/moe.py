@@ -109,7 +109,7 @@ class MoE(nn.Module):
         shared_expert: with ``up_proj`` and ``down_proj``, or None.
 
     Raises:
-        ValueError: an option that is not served, by its name.
+        ValueError: an option is not supported; the message names it.
     """
 
     def __init__(self, args: Arguments) -> None:
@@ -185,10 +185,10 @@ def batched_load_balancing_loss(args: Arguments, model: nn.Module | None = None)
     notes = get_load_balancing_loss(model)
     if len(notes) != args.layers_recorded:
         raise ValueError(
-            f"batched_load_balancing_loss needs the notes of {args.layers_recorded} layers (num_layers="
+            f"batched_load_balancing_loss needs the records of {args.layers_recorded} layers (num_layers="
             f"{args.num_layers}, pipeline_model_parallel_size={args.pipeline_model_parallel_size}, "
             f"num_layers_per_virtual_pipeline_stage={args.num_layers_per_virtual_pipeline_stage}), got {len(notes)}: "
-            "layers note theirs in training, and clear_load_balancing_loss forgets them"
+            "layers record theirs in training, and clear_load_balancing_loss removes them"
         )
     tokens = notes[0][1].shape[0]
     total = 0.0

@@ -11,7 +11,7 @@ def get(args: Arguments) -> SharedMLP:
     """A shared expert of the class that ``args.mlp_type`` names.
 
     Raises:
-        ValueError: an option that is not served, by its name.
+        ValueError: an option is not supported; the message names it.
     """
     check_arguments(args)
     return (SharedGLU if args.mlp_type == "glu" else SharedMLP)(args)
