@@ -119,8 +119,16 @@ TOPOLOGIES = {
         r"topology\.column_indices must be in \[0, 5\), got -",
     ),
     "row_t": ({"row_indices_t": lambda t: t + 4}, ValueError, r"topology\.row_indices_t must be in \[0, 4\)"),
-    "row": ({"row_indices": lambda t: t.flip(0)}, ValueError, r"topology\.row_indices must be the row that lists"),
-    "column_t": ({"column_indices_t": lambda t: t.flip(0)}, ValueError, r"column_indices_t must be the column that"),
+    "row": (
+        {"row_indices": lambda t: t.flip(0)},
+        ValueError,
+        r"topology\.row_indices must be the row that lists the block",
+    ),
+    "column_t": (
+        {"column_indices_t": lambda t: t.flip(0)},
+        ValueError,
+        r"topology\.column_indices_t must be the column that lists",
+    ),
     "unsorted": ({"column_indices": lambda t: with_value(t, 1, 0)}, ValueError, r"column_indices must ascend in each"),
     "order_outside": ({"order_t": lambda t: t + 1}, ValueError, r"topology\.order_t must be in \[0, "),
     "order_twice": ({"order_t": lambda t: t * 0}, ValueError, r"topology\.order_t must have every number once"),

@@ -69,7 +69,7 @@ _WHOLE_ROW = _ALL_ROWS = 62
 NESTED_SCALE = -2
 _NO_BLOCKS = (0, 0, 0, 0, 0)
 _LEAST_BLOCK = 32
-# Products take rows of x as they are, and rows of codes in their order.
+# Whether products round rows of x to 8 bits, and whether codes lie in panels: neither.
 _AS_STORED = (False, False)
 
 

@@ -1,4 +1,4 @@
-"""Launchers of the dispatch and the experts of one call, with a router's choice before them or without."""
+"""Launchers of a whole expert layer in one call: dispatch and experts, with or without a router's choice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def prepare(gate_up: Weight, down: Weight, activation: Activation, interleaved: bool) -> _C.PreparedExperts:
-    """What stays the same from call to call; the tensors given must outlive its calls."""
+    """The arguments that stay the same from call to call; the tensors must outlive the result."""
     num_experts, wide, hidden = gate_up.shape
     layer = _C.ExpertMlp(
         groups=(0, 0, 0, num_experts),
