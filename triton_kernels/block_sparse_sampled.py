@@ -27,7 +27,7 @@ SEARCH = 1024
 
 
 def sdd_tile(bm: int, bn: int, itemsize: int, arch: int) -> Tile:
-    """Tile of ``sdd``: ``block_m`` columns, of a part of a block or of several of a row, by one block's ``bm`` rows."""
+    """Tile of ``sdd``: a block's ``bm`` rows by ``block_m`` columns, which are part of a block or several of a row."""
     if itemsize == 4:
         return Tile(min(64, 4096 // bm), bm, 16, 4, 3)
     large = takes_large_tiles(arch)

@@ -110,7 +110,7 @@ def weight_operand(weight: torch.Tensor, arch: int, block_n: int, block_k: int) 
 
 
 def max_row_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
-    """An upper bound of the row tiles of E groups and the dropped tail, whatever the routing."""
+    """An upper bound on the number of row tiles of E groups and the dropped tail, whatever the routing."""
     return min(num_rows, num_rows // block_m + num_experts + 1)
 
 
@@ -203,7 +203,7 @@ def row_tiles(
 
 @triton.jit
 def tile_coordinates(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Row tile and column tile of the ``tile``-th one: GROUP_M row tiles by all column tiles at a time, for L2."""
+    """Row and column of tile number ``tile``; GROUP_M row tiles take all column tiles in turn, for reuse in L2."""
     in_group = GROUP_M * num_n
     first_m = tile // in_group * GROUP_M
     size_m = tl.minimum(num_m - first_m, GROUP_M)
@@ -267,8 +267,8 @@ def load_weight(
 def add_low_rank(acc, low, expert, r, inside, n, live, PRECISION: tl.constexpr, RANK_TILE: tl.constexpr):
     """``acc + scale·s[r]·b[expert, n]ᵀ``, from which a product's accumulator starts if its weight has an update.
 
-    ``low`` is ``(s, b, rank, scale, strides of b)``, ``s (R, rank)`` float32; ``RANK_TILE`` says how many blocks the
-    rank is cut into, and their width. Rows outside ``inside`` and columns outside ``live`` get nothing.
+    ``low`` is ``(s, b, rank, scale, strides of b)`` with ``s (R, rank)`` float32; ``RANK_TILE`` is the number of blocks
+    that the rank is cut into, and their width. Rows outside ``inside`` and columns outside ``live`` are unchanged.
     """
     s_ptr, b_ptr, rank, scale, strides = low
     stride_be, stride_bn, stride_bj = strides
@@ -378,7 +378,7 @@ class LowRankTerm(NamedTuple):
 
 
 def _rank_blocks(rank: int) -> tuple[int, int]:
-    """How many steps a product's update takes, and their width: wider ones leave too little shared memory."""
+    """The number of steps over the rank, and their width, bounded because wide ones take too much shared memory."""
     block = min(32, rank_block(rank))
     return triton.cdiv(rank, block), block
 

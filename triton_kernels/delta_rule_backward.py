@@ -65,7 +65,7 @@ def _moved_back(
     k = k_rows(of, r, live, head, d, H, GROUP, DK) * decay
     dstate *= decay_over(of, r, live, head, d, H, DK, GATE)[:, None]
     dstate -= tl.dot(tl.trans(k), f, input_precision=PRECISION)
-    # Between the two products the keys' registers are free for the queries.
+    # The barrier separates the two products, so that the queries can take the registers of the keys.
     tl.debug_barrier()
     q = q_rows(of, r, live, head, d, H, GROUP, DK) * decay
     return tl.dot(tl.trans(q), do, dstate, input_precision=PRECISION)

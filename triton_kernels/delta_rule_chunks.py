@@ -172,7 +172,7 @@ def pair_decays(of, r, live, head, H: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def sums_before(x, N: tl.constexpr):
-    """For each of N rows, the sum of the rows before it; never a total less the row, which may be much larger."""
+    """For each of N rows, the sum of the rows before it; a total minus a large row would lose digits."""
     a = tl.arange(0, N)
     return tl.dot(tl.where(a[:, None] > a[None, :], 1.0, 0.0), x, input_precision="tf32x3")
 

@@ -192,8 +192,8 @@ def gather_reduce_kernel(
 ):
     """``BAGS`` bags by ``BLOCK_D`` columns, one of ``blocks`` of a row; WIDTH is J where all J are unrolled, else 0.
 
-    With a layout, programs of one feature follow those of the one before; the table, its size and its dim are that
-    feature's, and those whose columns lie past its dim have nothing to do.
+    With a layout, the programs of one feature follow those of the previous feature. They read that feature's table,
+    with its size and dim; programs whose columns lie past the dim do nothing.
     """
     program = tl.program_id(0)
     index_ptr, offsets_ptr, weights_ptr, layout_ptr = lists

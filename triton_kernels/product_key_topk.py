@@ -27,7 +27,7 @@ def _ordered(x):
 
 @triton.jit
 def _number(ordered):
-    """The float behind one of :func:`_ordered`."""
+    """The float that an integer of :func:`_ordered` stands for."""
     return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
 
 

@@ -125,7 +125,7 @@ def _count_runs_kernel(ids_ptr, counts_ptr, num_positions, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_positions"])
 def _write_runs_kernel(ids_ptr, totals_ptr, runs_ptr, num_positions, BLOCK: tl.constexpr):
-    """First position of each run, and ``num_positions`` after the last; ``totals`` are runs by block, cumulated."""
+    """First position of each run, and ``num_positions`` after the last; ``totals`` counts runs up to each block."""
     block = tl.program_id(0).to(tl.int64)
     position = block * BLOCK + tl.arange(0, BLOCK)
     _, starts = _starts(ids_ptr, position, num_positions)
@@ -173,14 +173,16 @@ def gradients(at, on, column, dim, rows, sizes, VEC: tl.constexpr):
 
 @triton.jit
 def about(first, live, rows, num_bags):
-    """With a layout, the features that sorted positions ``first [R]`` belong to: pointers to their rows of it."""
+    """With a layout, pointers to its rows for the features that sorted positions ``first [R]`` belong to."""
     bag = tl.load(rows.bags + tl.load(rows.order + first, live, other=0), live, other=0).to(tl.int64)
     return rows.layout + bag // num_bags * LAYOUT_COLUMNS
 
 
 @triton.jit
 def long_run(ids_ptr, window, num_positions, sentinel, PIECE: tl.constexpr):
-    """Whether a run of more than PIECE positions begins in the ``window``-th PIECE of them, and where; at most one."""
+    """Whether a run of more than PIECE positions begins in window number ``window`` of PIECE positions, and where; at
+    most one can.
+    """
     position = window * PIECE + tl.arange(0, PIECE)
     here, starts = _starts(ids_ptr, position, num_positions)
     after = tl.load(ids_ptr + position + PIECE, position + PIECE < num_positions, other=-1)

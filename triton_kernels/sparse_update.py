@@ -280,7 +280,9 @@ def step_options(num_warps: int, long: bool) -> dict[str, int]:
 
 
 def _grid(device: torch.device, tiles: int) -> int:
-    """Programs that share ``tiles`` tiles: no more than run at once, since skewed ids leave most tiles empty."""
+    """The number of programs that share ``tiles`` tiles: at most as many as run at once, because skewed ids leave most
+    tiles empty.
+    """
     if device.type != "cuda":
         return min(tiles, 3)
     at_once = PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

@@ -21,7 +21,7 @@ BLOCK = 2048
 
 @triton.jit
 def _cleaned(x, LOWEST: tl.constexpr):
-    """Logits as they count: NaN as the lowest number, which masks an expert, and infinities as the extreme numbers."""
+    """Logits in the form used for ranking: NaN as the lowest number, which masks an expert, infinities as extremes."""
     return tl.minimum(tl.maximum(tl.where(x == x, x, LOWEST), LOWEST), -LOWEST)
 
 
@@ -90,7 +90,7 @@ def _topk_routing_kernel(
         here = e[None, :] == best[:, None]
         usable = tl.sum(tl.where(here & (choice > LOWEST), 1, 0), 1) > 0
         if RENORMALIZE and not SIGMOID:
-            # The softmax over the chosen logits, less their largest, which is the first.
+            # The softmax over the chosen logits, from which the largest, the first one, is subtracted.
             value = tl.sum(tl.where(here, x, 0.0), 1)
             if k == 0:
                 highest = value
