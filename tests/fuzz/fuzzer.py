@@ -153,7 +153,7 @@ def tensors_of(result: object) -> Iterator[torch.Tensor]:
 def norms_of(tensors: Iterable[torch.Tensor]) -> Iterator[float]:
     for tensor in tensors:
         if tensor.dtype in FLOATS and on_cpu(tensor):
-            yield float(tensor.detach().double().norm())
+            yield float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
 
 
 def factors_of(args: object) -> Iterator[float]:
@@ -217,17 +217,24 @@ def differs(ours: torch.Tensor, theirs: torch.Tensor, largest: float, coarsest: 
     if ours.dtype not in TOLERANCE:
         same = (ours.double() == theirs.double()) | (ours.double().isnan() & theirs.double().isnan())
         return None if same.all() else "other numbers"
-    one, other = ours.detach().to_dense().double(), theirs.detach().to_dense().double()
-    finite = other.isfinite()
-    # A dense product has NaN where a sparse one leaves zero times infinity out.
-    if (finite & ~one.isfinite()).any():
-        return "not finite"
-    finite &= one.isfinite()
-    one, other = one[finite], other[finite]
-    error, scale = float((one - other).norm()), float(other.norm())
-    if error <= coarsest * max(scale, largest / 100) + grain * one.numel() ** 0.5:
+    error = scale = count = 0.0
+    # In pieces: float64 copies of the largest tables take more memory than a case has.
+    for one, other in zip(pieces_of(ours), pieces_of(theirs), strict=True):
+        finite = other.isfinite()
+        # A dense product has NaN where a sparse one leaves zero times infinity out.
+        if (finite & ~one.isfinite()).any():
+            return "not finite"
+        finite &= one.isfinite()
+        error = math.hypot(error, float((one - other)[finite].norm()))
+        scale, count = math.hypot(scale, float(other[finite].norm())), count + int(finite.sum())
+    if error <= coarsest * max(scale, largest / 100) + grain * count**0.5:
         return None
     return f"relative error {error / max(scale, 1e-30):.2g}"
+
+
+def pieces_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The elements of a tensor in float64, a million at a time."""
+    return (piece.double() for piece in tensor.detach().to_dense().reshape(-1).split(1 << 20))
 
 
 def copied(value: object) -> object:
