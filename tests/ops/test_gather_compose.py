@@ -55,6 +55,17 @@ def test_formula(any_backend, device, case):
     torch.testing.assert_close(found, spelt_out(table, ids, parts), rtol=1e-6, atol=1e-7)
 
 
+def test_parts_whose_codes_nobody_reads(any_backend, device):
+    """Codes of three parts, of which two follow their maps."""
+    codes = torch.randint(3, (N, 3), device=device, dtype=torch.int32)
+    maps = IdMaps.of([3, 3, 3], bases=[0, 3, 6], limit=N)
+    parts, table = Parts.of(2, "add", maps, coded=1, codes=codes, bits=[32]), torch.randn(9, 2, device=device)
+    ids = torch.arange(N, device=device)
+    with gossamer.backend(any_backend):
+        found = gossamer.gather_compose(table, ids, parts)
+    torch.testing.assert_close(found, spelt_out(table, ids, parts), rtol=1e-6, atol=1e-7)
+
+
 @CASE
 def test_fixed_width(kernel_backend, device, case):
     """Bags of J ids: the sum and the gradients of table and weights."""

@@ -105,7 +105,7 @@ def _codes_at(parts: Parts, ids: torch.Tensor) -> torch.Tensor:
             continue
         inside = (ids - first).clamp(0, stored.shape[0] - 1)
         rows = stored.index_select(0, inside)
-        found.append(unpack_codes(rows, parts.coded, bits) if bits <= PACKED_BITS else rows)
+        found.append(unpack_codes(rows, parts.coded, bits) if bits <= PACKED_BITS else rows[:, : parts.coded])
         first = frequent
     if len(found) == 2:
         return torch.where((ids < frequent).unsqueeze(1), found[0], found[1])
