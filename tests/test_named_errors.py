@@ -235,6 +235,12 @@ def test_capacity_may_pass_what_an_integer_holds():
     assert torch.equal(made.expert_ids, routing().expert_ids)
 
 
+def test_capacity_may_pass_what_a_float_holds():
+    """The largest factor times the slots of an expert is infinite, and no limit either."""
+    made = nn.limit_capacity(routing_of(5, 2), 1e308)
+    assert torch.equal(made.expert_ids, routing_of(5, 2).expert_ids)
+
+
 @pytest.mark.parametrize("shape", [(2**31 - 1, 2**22 - 1), (5, 2**31 - 1), (2**31 - 1, 0)])
 def test_topologies_of_the_largest_masks_have_sizes(shape):
     """On meta, where a mask of 2⁵³ places is only its sizes."""
@@ -582,6 +588,20 @@ NUMBERS = {
         TypeError,
         "moe_capacity_factor must be a number, got Tensor",
     ),
+    "losses that are no mapping": (lambda: routing(losses=-1), TypeError, "losses must be a mapping of names"),
+    "experts of groups elsewhere": (
+        lambda: nn.LatentExperts(4, 4, 16, latent_size=2, group_size=2)(
+            torch.ones(3, 4), routing(expert_ids=expert_ids(3, 2).to("meta"), weights=torch.ones(3, 2, device="meta"))
+        ),
+        ValueError,
+        "expert_ids must be on the device of x, cpu, got meta",
+    ),
+    "logits of 8 bits": (
+        lambda: nn.softmax_topk(torch.ones(3, 4).to(torch.float8_e4m3fn), 2),
+        TypeError,
+        r"logits must be float32, float16, bfloat16 or float64, got torch\.float8_e4m3fn",
+    ),
+    "integers of a layer": (lambda: nn.Embedding(3, 2, dtype=torch.int64), TypeError, "dtype must be floating"),
     "an assertion": (
         lambda: testing.assert_close([1.0], torch.ones(1), torch.ones(1)),
         TypeError,

@@ -16,6 +16,7 @@ from gossamer._backend import takes
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+COMPUTED_DTYPES = (*FLOAT_DTYPES, torch.float64)
 MAX_SIZE = 2**63 - 1
 
 
@@ -127,9 +128,11 @@ def check_seed(seed: object, name: str = "seed") -> None:
 
 
 def check_dtype(name: str, value: object) -> None:
-    """``value`` must be a torch.dtype or None."""
+    """``value`` must be a floating torch.dtype or None."""
     if value is not None and not isinstance(value, torch.dtype):
         raise TypeError(f"{name} must be a torch.dtype, got {type(value).__name__}")
+    if value is not None and not value.is_floating_point:
+        raise TypeError(f"{name} must be floating, got {value}")
 
 
 def check_device(name: str, value: object) -> None:
@@ -152,11 +155,18 @@ def check_strided(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_floating(name: str, tensor: object) -> None:
-    """``tensor`` must be a dense tensor of any floating dtype."""
+    """``tensor`` must be a dense tensor of a floating dtype of 16 bits or more."""
     check_tensor(name, tensor)
     check_strided(name, tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    check_computed(name, tensor)
+
+
+def check_computed(name: str, tensor: torch.Tensor) -> None:
+    """The dtype of ``tensor`` must be a floating one of 16 bits or more; torch computes in no smaller one."""
+    if tensor.dtype in COMPUTED_DTYPES:
+        return
+    wanted = "float32, float16, bfloat16 or float64" if tensor.is_floating_point() else "floating point"
+    raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
 
 
 def check_has_numbers(name: str, tensor: torch.Tensor) -> None:
@@ -220,8 +230,7 @@ def check_input(x: torch.Tensor, columns: int, weight: torch.Tensor, symbols: st
     """``x (..., C)`` must fit a layer with C = ``columns`` and this weight; under autocast any floating dtype does."""
     last_size("x", x, symbols)
     check_shape("x", x, (*x.shape[:-1], columns), symbols)
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
+    check_computed("x", x)
     if x.device != weight.device:
         raise ValueError(f"x must be on the device of the parameters, {weight.device}, got {x.device}")
     if x.dtype != weight.dtype and not is_autocast(x):

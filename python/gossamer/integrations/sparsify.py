@@ -115,7 +115,7 @@ def _obstacle(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str
 def _patterns(argument: str, given: str | Iterable[str] | None) -> list[str] | None:
     if given is None:
         return None
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or isinstance(given, torch.Tensor):
         raise TypeError(f"{argument} must be names or patterns of names, got {given!r}")
     patterns = [given] if isinstance(given, str) else list(given)
     if not all(isinstance(pattern, str) for pattern in patterns):

@@ -167,6 +167,7 @@ _delta_rule_step = define(
 
 def _check_dims(name: str, tensor: torch.Tensor, dims: int, symbols: str) -> None:
     check_tensor(name, tensor)
+    check_strided(name, tensor)
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have shape {symbols}, got {tuple(tensor.shape)}")
 

@@ -18,6 +18,7 @@ from gossamer._checks import (
     check_same_dtype,
     check_scale,
     check_shape,
+    check_strided,
     check_written,
     last_size,
 )
@@ -359,6 +360,7 @@ def multi_low_rank(
     check_rank(rank, n, c)
     if out is not None:
         check_shape("out", out, (*x.shape[:-1], n), "(..., N)")
+        check_strided("out", out)
         if not out.is_contiguous():
             check_written("out", out)
     else:

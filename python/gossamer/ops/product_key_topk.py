@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_positive, check_same_device, check_same_dtype, last_size
+from gossamer._checks import check_computed, check_positive, check_same_device, check_same_dtype, last_size
 from gossamer.ops._records import define
 from gossamer.ops.gather_dot import gather_dot
 
@@ -271,8 +271,7 @@ def product_key_topk(scores1: torch.Tensor, scores2: torch.Tensor, top_k: int) -
     """
     for name, scores in (("scores1", scores1), ("scores2", scores2)):
         last_size(name, scores, "(..., N)")
-        if not scores.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {scores.dtype}")
+        check_computed(name, scores)
     check_same_dtype(scores1=scores1, scores2=scores2)
     check_same_device(scores1=scores1, scores2=scores2)
     if scores1.shape[:-1] != scores2.shape[:-1]:

@@ -142,6 +142,7 @@ class QuantizedExpertWeight:
             check_shape("scale", self.scale, (e, n, None), "(E, N, C/g)")
             self._check_groups(c)
         for name, tensor in (("data", self.data), ("scale", self.scale)):
+            check_strided(name, tensor)
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
         if self.scale.device != self.data.device:

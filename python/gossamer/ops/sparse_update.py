@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from gossamer import _backend
-from gossamer._checks import check_number, check_same_device, check_shape, check_tensor
+from gossamer._checks import check_number, check_same_device, check_shape, check_strided, check_tensor
 from gossamer._numerics import accumulation_dtype
 from gossamer._rounding import random_bits, round_stochastically
 from gossamer._row_codes import decode, encode, moved_scale, scale_rate, scale_slope, scales_of
@@ -271,6 +271,7 @@ def check_updatable(name: str, table: torch.Tensor) -> None:
     """Check that a table to be stepped requires no gradient and that its elements do not overlap."""
     if table.requires_grad:
         raise ValueError(f"{name} must not require a gradient: the step is taken in place of one")
+    check_strided(name, table)
     if table.dim() == 2 and (
         (table.stride(1) != 1 and table.shape[1] > 1) or (table.stride(0) < table.shape[1] and table.shape[0] > 1)
     ):

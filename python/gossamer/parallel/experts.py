@@ -35,7 +35,7 @@ def _levels(mesh: DeviceMesh, dim: str | Sequence[str] | None) -> tuple[tuple[st
     if not isinstance(dim, str):
         check_sequence("dim", dim)
     dims = (dim,) if isinstance(dim, str) else tuple(dim)
-    if not dims or len(set(dims)) != len(dims):
+    if not dims or not all(isinstance(name, str) for name in dims) or len(set(dims)) != len(dims):
         raise ValueError(f"dim must be a name, or names that differ, got {dim!r}")
     for name in dims:
         if not names or name not in names:

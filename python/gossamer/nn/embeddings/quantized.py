@@ -86,8 +86,6 @@ class QuantizedEmbedding(FusedTable):
         super().__init__()
         self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
         check_dtype("dtype", dtype)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be floating, got {dtype}")
         if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
             raise ValueError(f"bits must be 8 or 16, got {bits}")
         for name, value, known in (("step", step, STEPS), ("rounding", rounding, ROUNDINGS)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_dtype, check_floating, check_same_device, check_shape, last_size
+from gossamer._checks import check_computed, check_dtype, check_floating, check_same_device, check_shape, last_size
 from gossamer._layout import with_leading_sizes
 from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
 from gossamer.ops.low_rank import base_linear
@@ -69,8 +69,7 @@ class QuantizedLinear(nn.Module):
         """``(..., O)`` for ``x (..., I)``."""
         if last_size("x", x, "(..., I)") != self.in_features:
             raise ValueError(f"x must have shape (..., I) with I = {self.in_features}, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must be floating point, got {x.dtype}")
+        check_computed("x", x)
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         y = base_linear(rows, self.weight.for_products(), self.bias)
         return with_leading_sizes(y, x)

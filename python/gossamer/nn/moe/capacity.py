@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from gossamer._checks import check_index, check_number, check_positive, check_shape
@@ -13,7 +15,7 @@ PRIORITIES = ("token", "choice", "probability")
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, capacity_factor: float) -> int:
     """``C = int(capacity_factor · K·T/E)``, the slots that one expert serves; 0 means no limit."""
-    return int(capacity_factor * (top_k * num_tokens / num_experts))
+    return int(min(capacity_factor * (top_k * num_tokens / num_experts), sys.maxsize))
 
 
 def check_capacity_factor(capacity_factor: float | None) -> None:

@@ -23,8 +23,6 @@ from gossamer._checks import (
     check_same_device,
     check_shape,
     check_sizes,
-    check_strided,
-    check_tensor,
 )
 from gossamer.ops.dispatch import Dispatch, dispatch
 from gossamer.ops.topk_routing import EPSILON, check_logits, finite_logits, fused_mass, masked_softmax, select_experts
@@ -32,10 +30,7 @@ from gossamer.ops.topk_routing import EPSILON, check_logits, finite_logits, fuse
 
 def check_hidden(x: torch.Tensor, hidden_size: int, parameter: torch.Tensor | None = None) -> None:
     """``x`` must have shape ``(..., H)``, and be on the device of ``parameter`` if one is given."""
-    check_tensor("x", x)
-    check_strided("x", x)
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
+    check_floating("x", x)
     if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(f"x must have shape (..., H) with H = {hidden_size}, got {tuple(x.shape)}")
     if parameter is not None and x.device != parameter.device:
@@ -180,6 +175,8 @@ class Routing:
             check_same_device(expert_ids=expert_ids, weights=weights)
         if not (max_rows is None or isinstance(max_rows, (int, torch.SymInt))):
             raise TypeError(f"max_rows must be an int or None, got {type(max_rows).__name__}")
+        if not (losses is None or isinstance(losses, (dict, Mapping))):
+            raise TypeError(f"losses must be a mapping of names to tensors, got {type(losses).__name__}")
         object.__setattr__(self, "expert_ids", expert_ids)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "num_experts", num_experts)
@@ -272,10 +269,7 @@ class Routing:
 
 def as_logits(logits: torch.Tensor) -> torch.Tensor:
     """``(..., E)`` of any floating dtype as ``(T, E)`` of at least float32."""
-    check_tensor("logits", logits)
-    check_strided("logits", logits)
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    check_floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape (..., E) with E >= 1, got {tuple(logits.shape)}")
     logits = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
@@ -396,7 +390,5 @@ def given_experts(expert_ids: torch.Tensor, num_experts: int, weights: torch.Ten
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         weights = torch.full(expert_ids.shape, 1.0 / expert_ids.shape[1], dtype=dtype, device=expert_ids.device)
     check_shape("weights", weights, tuple(expert_ids.shape), "(T, K)")
-    if not weights.is_floating_point():
-        raise TypeError(f"weights must be floating point, got {weights.dtype}")
     check_same_device(expert_ids=expert_ids, weights=weights)
     return Routing(expert_ids, weights, num_experts)

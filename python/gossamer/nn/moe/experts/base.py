@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from gossamer._checks import check_traceable
+from gossamer._checks import check_same_device, check_traceable
 from gossamer._layout import with_leading_sizes
 from gossamer.nn.moe.capacity import limit_capacity
 from gossamer.nn.moe.experts.quantized_stack import QuantizedExpertStack
@@ -143,6 +143,8 @@ class ExpertLayer(nn.Module):
         tokens = x.reshape(-1, self.hidden_size)
         if routing.num_tokens != tokens.shape[0]:
             raise ValueError(f"routing must be of the {tokens.shape[0]} tokens of x, got {routing.num_tokens}")
+        if routing.expert_ids.device != x.device:
+            check_same_device(x=x, expert_ids=routing.expert_ids)
         if self.capacity_factor is not None:
             routing = limit_capacity(routing, self.capacity_factor)
         return tokens, routing

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from gossamer._checks import check_same_device, check_shape, check_strided, check_tensor
+from gossamer._checks import check_floating, check_same_device, check_shape, check_strided, check_tensor
 from gossamer.nn.moe.routing import Routing, check_probabilities
 from gossamer.ops.dispatch import dispatch
 
@@ -57,9 +57,7 @@ def layers_of(routing: Routing | Sequence[Routing], loss: str, *, logits: bool =
 def _check_logits(routing: Routing) -> None:
     """The logits of a routing made by hand."""
     check_shape("logits", routing.logits, (routing.num_tokens, routing.num_experts), "(T, E)")
-    check_strided("logits", routing.logits)
-    if not routing.logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {routing.logits.dtype}")
+    check_floating("logits", routing.logits)
     check_same_device(expert_ids=routing.expert_ids, logits=routing.logits)
 
 
