@@ -45,6 +45,8 @@ ISAS = {
 # The files of csrc/cpu/kernels/, those that take longest to compile first, and those that have kernels for AMX.
 KERNELS = ("experts", "structured", "rows", "tables")
 AMX_KERNELS = ("experts", "structured")
+# Where the sources are written that a build makes for its instruction sets.
+GENERATED = Path("build", "kernels")
 KERNEL_SOURCE = """#define GOSSAMER_TARGET "cpu/isa_{isa}.h"
 #include "cpu/kernels/{part}.cpp"
 """
@@ -119,20 +121,61 @@ def out_of_date(target, source):
 def nvcc_command(nvcc, source, target, gencodes):
     """The command that compiles one CUDA source to an object and writes a dependency file beside it."""
     command = [nvcc, "-c", source, "-o", str(target), "-O3", "-std=c++20", "-Icsrc"]
-    command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0", *gencodes]
+    command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "--threads", "0", *gencodes]
     return [*command, "-MD", "-MF", str(target.with_suffix(".d"))]
 
 
-def kernel_sources(isas):
-    """Write a source for each instruction set and each of its files of kernels, and return the paths."""
-    paths = [Path("build", "kernels", isa, f"{part}.cpp") for part in KERNELS for isa in isas]
-    paths = [path for path in paths if path.parent.name != "amx" or path.stem in AMX_KERNELS]
-    for path in paths:
-        text = KERNEL_SOURCE.format(isa=path.parent.name, part=path.stem)
-        if not path.is_file() or path.read_text() != text:  # a newly written file would be compiled again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-    return [str(path) for path in paths]
+def compile_cuda_source(nvcc, source, target, gencodes):
+    """Compile a CUDA source if it has changed; ptxas' report of its kernels stays beside the object, as ``.txt``."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    log = target.with_suffix(".txt")
+    if out_of_date(target, source) or not log.is_file():
+        target.unlink(missing_ok=True)
+        command = nvcc_command(nvcc, source, target, gencodes)
+        print(" ".join(command), file=sys.stderr)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{source} does not compile:\n{done.stderr}")
+        log.write_text(done.stderr)
+
+
+def generated(path, text):
+    """The path of a source with this text. It is written only if it differs, as it would be compiled again."""
+    path = GENERATED / path
+    if not path.is_file() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return str(path)
+
+
+def kernel_sources(isas, spare_generic):
+    """Write a source for each instruction set and each of its files of kernels, and return the paths.
+
+    Kernels are optimised less for ``generic`` if ``spare_generic``.
+    """
+    paths = []
+    for part in KERNELS:
+        for isa in isas:
+            if isa == "amx" and part not in AMX_KERNELS:
+                continue
+            text = KERNEL_SOURCE.format(isa=isa, part=part)
+            if isa == "generic" and spare_generic:
+                paths.append(generated(f"spare_generic/{part}.cpp", f"#define GOSSAMER_SPARE_GENERIC 1\n{text}"))
+            else:
+                paths.append(generated(f"{isa}/{part}.cpp", text))
+    return paths
+
+
+def with_macros(source, macros):
+    """The path of a source that defines macros and includes another; that one's if there are no macros.
+
+    As flags, macros would go to all sources, and no objects could serve builds for different instruction sets.
+    """
+    if not macros:
+        return source
+    folder = "_".join(macro.removeprefix("GOSSAMER_").lower() for macro in macros)
+    text = "".join(f"#define {macro} 1\n" for macro in macros) + f'#include "{Path(source).relative_to("csrc")}"\n'
+    return generated(f"{folder}/{Path(source).name}", text)
 
 
 class BuildExt(build_ext):
@@ -141,14 +184,15 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         ext.optional = ext.optional and not can_compile_extensions()
         # Objects are reused, so each set of flags has its own folder, which would be temporary in an editable install.
-        flags = repr((ext.define_macros, ext.extra_compile_args, *map(os.environ.get, ENVIRONMENT)))
+        flags = repr((ext.extra_compile_args, *map(os.environ.get, ENVIRONMENT)))
         folder = f"objects.{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
         self.build_temp = os.path.join("build", folder, hashlib.sha256(flags.encode()).hexdigest()[:12])
         # Only objects that are out of date are compiled; without force, a library made of other objects would be kept.
         self.force = True
         cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
         # Kernels first, because they take longest.
-        ext.sources = [*kernel_sources(ext.isas), *(s for s in ext.sources if not s.endswith(".cu"))]
+        sources = [with_macros(s, ext.macros.get(s)) for s in ext.sources if not s.endswith(".cu")]
+        ext.sources = [*kernel_sources(ext.isas, ext.spare_generic), *sources]
         if cuda_sources:
             ext.extra_objects = [*ext.extra_objects, *self.compile_cuda(cuda_sources)]
         super().build_extension(ext)
@@ -160,11 +204,7 @@ class BuildExt(build_ext):
 
         def compile_one(source):
             target = Path(self.build_temp, source).with_suffix(".cu.o")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            command = nvcc_command(nvcc, source, target, [HOPPER_GENCODE] if source in hopper else gencodes)
-            if out_of_date(target, source):
-                print(" ".join(command), file=sys.stderr)
-                subprocess.run(command, check=True)
+            compile_cuda_source(nvcc, source, target, [HOPPER_GENCODE] if source in hopper else gencodes)
             return str(target)
 
         with ThreadPoolExecutor(int(os.environ.get("GOSSAMER_BUILD_JOBS", 0)) or os.cpu_count()) as pool:
@@ -243,9 +283,7 @@ def extension():
     isas = compiled_isas(wanted)
     # bindings.cpp includes the files in csrc/bindings/.
     sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
-    macros = [(f"GOSSAMER_WITHOUT_{isa.upper()}", "1") for isa in ISAS if isa not in isas]
-    if "all" not in wanted and (native_isa() or "generic") in wanted - {"generic"}:
-        macros.append(("GOSSAMER_SPARE_GENERIC", "1"))
+    macros = {"csrc/cpu/isa.cpp": [f"GOSSAMER_WITHOUT_{isa.upper()}" for isa in ISAS if isa not in isas]}
     libraries, library_dirs, link_args = [], [], ["-fopenmp"]
     nvcc = cuda_requested()
     cuda_sources = sorted(glob.glob("csrc/cuda/*.cu"))
@@ -260,7 +298,7 @@ def extension():
             sources += cuda_sources
             library_dirs.append(str(cudart))
             libraries += ["cudart_static", "dl", "rt", "pthread"]
-            macros.append(("GOSSAMER_WITH_CUDA", "1"))
+            macros["csrc/bindings.cpp"] = ["GOSSAMER_WITH_CUDA"]
             hopper = HOPPER_GENCODE in cuda_gencodes(nvcc)
             sources += sorted(glob.glob(HOPPER_SOURCES)) if hopper else ["csrc/cuda/without_hopper.cpp"]
     ext = Pybind11Extension(
@@ -269,13 +307,13 @@ def extension():
         include_dirs=["csrc"],
         depends=sorted(f for kind in ("h", "cuh", "cpp") for f in glob.glob(f"csrc/**/*.{kind}", recursive=True)),
         cxx_std=20,
-        define_macros=macros,
         libraries=libraries,
         library_dirs=library_dirs,
         extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-MMD"],
         extra_link_args=link_args,
     )
-    ext.isas = isas  # BuildExt adds the sources of their kernels
+    ext.isas, ext.macros = isas, macros  # BuildExt adds the sources of kernels
+    ext.spare_generic = "all" not in wanted and (native_isa() or "generic") in wanted - {"generic"}
     ext.optional = os.environ.get("GOSSAMER_CUDA") != "1"
     return ext
 

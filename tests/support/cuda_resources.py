@@ -67,27 +67,20 @@ def tool(name: str) -> str | None:
 
 
 def compile_source(script: dict, source: str) -> tuple[str, Path]:
-    """The report of ptxas on a source's kernels, and their machine code."""
-    target = FOLDER / Path(source).with_suffix(".cubin").name
-    log = target.with_suffix(".txt")
-    if script["out_of_date"](target, source) or not log.is_file():
-        target.unlink(missing_ok=True)
-        command = script["nvcc_command"](script["find_nvcc"](), source, target, [script["HOPPER_GENCODE"]])
-        command[command.index("-c")] = "-cubin"
-        done = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{source} does not compile:\n{done.stderr}")
-        log.write_text(done.stderr)
-    return log.read_text(), target
+    """The report of ptxas on a source's kernels, and their machine code, of this checkout's build if it has them."""
+    made = [FOLDER / f"{Path(source).name}.o", *Path("build").glob(f"objects.*/*/{source}.o")]
+    target = next((path for path in made if not script["out_of_date"](path, source)), made[0])
+    script["compile_cuda_source"](script["find_nvcc"](), source, target, [script["HOPPER_GENCODE"]])
+    return target.with_suffix(".txt").read_text(), target
 
 
-def count_instructions(cubin: Path) -> dict[str, dict[str, int]]:
+def count_instructions(machine_code: Path) -> dict[str, dict[str, int]]:
     """By kernel, the number of wgmma and local-memory instructions and of faults in their use; empty without a tool."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         return {}
     path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
-    command = [cuobjdump, "-sass", str(cubin)]
+    command = [cuobjdump, "-sass", str(machine_code)]
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}).stdout
     counts = {}
     for part in text.split("Function : ")[1:]:
@@ -124,11 +117,11 @@ def report() -> list[dict]:
             compiled = list(pool.map(lambda source: compile_source(script, source), sources))
     finally:
         os.chdir(here)
-    return [row for source, (log, cubin) in zip(sources, compiled, strict=True) for row in _rows(source, log, cubin)]
+    return [row for source, (log, code) in zip(sources, compiled, strict=True) for row in _rows(source, log, code)]
 
 
-def _rows(source: str, log: str, cubin: Path) -> list[dict]:
-    counts = count_instructions(cubin)
+def _rows(source: str, log: str, machine_code: Path) -> list[dict]:
+    counts = count_instructions(machine_code)
     warnings = [line for line in log.splitlines() if re.search(r"warning|Performance Loss|\(C7\d\d\d\)", line)]
     rows = []
     for part in log.split("Compiling entry function '")[1:]:
