@@ -57,7 +57,7 @@ def rule(sizes: Mapping[str, int]) -> str | None:
     if n % block or k % block:
         return f"N and K must be multiples of BLOCK, got N={n}, K={k} and BLOCK={block}"
     if sparse > 99:
-        return f"SPARSE is the percentage of blocks that are not there, at most 99, got {sparse}"
+        return f"SPARSE is the percentage of blocks left out, at most 99, got {sparse}"
     return None
 
 
@@ -126,7 +126,7 @@ def torch_bsr(name: str, role: str, problem: Problem) -> Variant:
     """Torch's linear layer with a weight in its BSR layout."""
     x = problem.x.detach().requires_grad_()
     with warnings.catch_warnings():
-        # Torch warns for every tensor in that layout that it is in beta state; here it is only a reference.
+        # Torch warns at every tensor in that layout that the layout is in beta; here it is only a reference.
         warnings.filterwarnings("ignore", "Sparse BSR tensor support")
         weight = problem.weight.to_sparse_bsr().requires_grad_()
 

@@ -2,7 +2,7 @@
 
 "both" is forward, backward and the optimizer's step, which our layers take inside the backward pass. Its least bytes
 are: each touched row read, read again and written; ids read once per pass; results and their gradient once. Row-wise
-Adagrad's four bytes per row are not counted. For a single table in float32 there is also one of 8-bit codes, whose
+Adagrad's four bytes per row are not counted. A single table in float32 is also timed as a table of 8-bit codes, whose
 results are judged by the numbers that the codes stand for.
 """
 

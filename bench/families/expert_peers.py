@@ -77,7 +77,7 @@ def sonicmoe_with_router(name: str, role: str, problem: Problem) -> Variant:
     """SonicMoE's layer as it is published, with its own router in front (Guo et al., 2025)."""
     package = import_module("sonicmoe", "sonic-moe")
     if problem.router is None:
-        raise Unavailable("this shape's routing cannot be had from a linear router")
+        raise Unavailable("a linear router cannot produce this shape's routing")
     layer = attribute(package, "moe_TC_softmax_topk_layer", "sonic-moe")
     activation = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
     router = problem.leaf("router")

@@ -109,7 +109,7 @@ def build(request: Request) -> Case:
         ours("insert_or_assign, present", lambda: table.insert_or_assign(keys, values), stored),
     ]
     if percent == 100:
-        # A table of their own, since keys that these calls evict would be missing from the first one.
+        # These calls use a copy, since the keys that they evict would be missing from the first table.
         variants += _with_new_keys(copy.deepcopy(table), count)
     variants += [
         Variant("index_select of a static table", DENSE, lambda: static.index_select(0, ranks), layout=static_row),

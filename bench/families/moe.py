@@ -75,7 +75,7 @@ def block_sparse(name: str, role: str, problem: Problem) -> Variant:
     return Variant(name, role, forward, leaves, problem.dy, gate="plain")
 
 
-# Under the same option as other people's systems, so that runs may leave it out.
+# The block-sparse form is listed as a peer, so that --peers can leave it out.
 ALL_PEERS = (*PEERS, Peer("gossamer block-sparse", None, "gossamer", block_sparse, role=REFERENCE))
 
 

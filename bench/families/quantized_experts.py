@@ -18,9 +18,9 @@ from gossamer.bench.harness.cold import as_held, held_copy, in_turn, passes
 from gossamer.ops._weights import INT4_GROUPS, MX_GROUP, WHOLE_FORMATS
 from gossamer.ops.quantized_expert_weight import FORMATS
 
-# Shapes of decoding, for which weights are quantised; on a GPU those of large models with few tokens.
+# Decoding shapes for GPUs: the sizes of large models, with few tokens.
 DECODE = {name: (64, *sizes[1:]) for name, sizes in SHAPES.items() if not name.startswith("cpu-")}
-# Few rows, whose experts must come from memory.
+# Decoding shapes of few rows, for which the experts must be read from memory.
 STEPS = {f"decode-{rows}": (rows, 1024, 512, 32, 4) for rows in (1, 4, 16)}
 QUANTIZED_SHAPES = {"cpu-decode": SHAPES["cpu-decode"], "cpu-small": SHAPES["cpu-small"], **STEPS, **DECODE}
 DEFAULTS = {"cpu": (*STEPS, "cpu-decode", "cpu-small"), "cuda": tuple(DECODE)}

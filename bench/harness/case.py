@@ -42,8 +42,8 @@ class Variant:
         layout: converts outputs from this variant's layout into the truth's.
         gate: the key of the case's gate that judges it; None for a variant that computes another problem of equal size.
         note: a remark for the table.
-        package: the distribution it comes from: a peer's, else gossamer, which answers for baselines too.
-        bytes: the fewest bytes that its call can move, if it alone stores its weights in this way; else None.
+        package: the distribution that it comes from. Baselines count as gossamer's: if one is wrong, the run fails.
+        bytes: the fewest bytes that its call can move, if it stores its weights in a format of its own; else None.
     """
 
     name: str
@@ -306,8 +306,7 @@ class Family:
         """The sizes of a shape given by name or as ``"16,64,32,8,2"``.
 
         Raises:
-            ValueError: there is no such name, there are not as many positive numbers as symbols, or the sizes break the
-                rule.
+            ValueError: the name is unknown, the text is not a positive number per symbol, or the sizes break the rule.
         """
         if shape in self.shapes:
             return dict(zip(self.symbols, self.shapes[shape], strict=True))

@@ -20,7 +20,7 @@ from gossamer.testing import MAX_EPS, MAX_FACTOR, RMS_EPS, RMS_FACTOR, errors
 # Number of draws of the baseline's error: a single draw of a few rounding errors says little.
 DRAWS = 8
 TIMING_BUDGET = 3.0
-# Noted on an error of the original, which is no finding about the replacement.
+# Added to an error that the original raised, which says nothing about the replacement.
 ORIGINAL_FAILED = "The original itself failed with these inputs and settings"
 
 RESULT, INPUT_GRADIENT, PARAMETER_GRADIENT = "result", "input gradient", "parameter gradient"
@@ -93,7 +93,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is right, and the replacement repeats its bits wherever the original does."""
+        """Whether every tensor is right, and the replacement gives the same bits twice if the original does."""
         return all(row.ok for row in self.rows) and (self.deterministic or not self.original_deterministic)
 
     def to_json(self) -> dict:

@@ -33,7 +33,7 @@ def _relative(row: CheckRow) -> float:
 
 
 def _chosen(rows: tuple[CheckRow, ...]) -> tuple[list[CheckRow], int]:
-    """The rows to show, in order, and the number of right ones left out."""
+    """The rows to show, in order, and the number of correct rows left out."""
     parameters = [row for row in rows if row.kind == PARAMETER_GRADIENT and row.ok]
     kept = {id(row) for row in sorted(parameters, key=_relative, reverse=True)[:MOST_PARAMETERS]}
     shown = [row for row in rows if row not in parameters or id(row) in kept]
@@ -41,7 +41,7 @@ def _chosen(rows: tuple[CheckRow, ...]) -> tuple[list[CheckRow], int]:
 
 
 def _bits(same: bool) -> str:
-    return "the same bits twice" if same else "other bits the second time"
+    return "the same bits twice" if same else "different bits the second time"
 
 
 def render(report: CheckReport) -> Iterator[object]:
@@ -62,13 +62,13 @@ def render(report: CheckReport) -> Iterator[object]:
         )
     yield table
     if hidden:
-        yield rich.text.Text(f"and {hidden} parameters more whose gradients are right")
+        yield rich.text.Text(f"and {hidden} more parameters whose gradients are right")
     for row in report.rows:
         if not row.ok:
             yield rich.text.Text(f"  {row.name} ({row.kind}): {row.message}")
     if report.not_compared:
         names = ", ".join(report.not_compared[:6]) + (", ..." if len(report.not_compared) > 6 else "")
-        yield rich.text.Text(f"not compared, in one of the two only: {names}")
+        yield rich.text.Text(f"not compared, since only one of the two has them: {names}")
     original = _bits(report.original_deterministic)
     yield rich.text.Text(f"replacement: {_bits(report.deterministic)}; original: {original}")
     if report.speed:
@@ -84,11 +84,13 @@ def render(report: CheckReport) -> Iterator[object]:
     wrong = sum(not row.ok for row in report.rows)
     yield ""
     if report.ok:
-        yield rich.text.Text("The replacement is right: every error is within the rule of the original's own.")
+        yield rich.text.Text(
+            "The replacement is right: every error is within the limits set by the original's own errors."
+        )
     elif wrong:
         yield rich.text.Text(f"The replacement is WRONG in {wrong} of {len(report.rows)} tensors; it was not timed.")
     else:
-        yield rich.text.Text("The replacement does not repeat its bits, and the original does; it was not timed.")
+        yield rich.text.Text("The replacement does not repeat its bits, although the original does; it was not timed.")
 
 
 def text(report: CheckReport, width: int = WIDTH) -> str:

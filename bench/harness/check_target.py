@@ -123,7 +123,7 @@ def _reads(config_class: type, key: str) -> bool:
 
 
 def _check_settings(config_class: type, values: Mapping[str, object]) -> None:
-    """Every setting must be one that the config class has or its model reads: most take any name without a word."""
+    """Raise if the config class has no such setting and its model reads none: most config classes accept any name."""
     known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map, *_ANY_CONFIG}
     known.update(vars(config_class()), config_class.sub_configs)
     for key in values:
@@ -135,7 +135,7 @@ def _check_settings(config_class: type, values: Mapping[str, object]) -> None:
 
 
 def _check_experts(config: object) -> None:
-    """A token cannot choose more experts than there are."""
+    """Raise if a token would choose more experts than the model has."""
     config = config.get_text_config()
     chosen = getattr(config, "num_experts_per_tok", None)
     names = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -193,7 +193,8 @@ def load_hugging_face(
     """A Hugging Face model with random weights, by the name of its class, of its config, or of its type.
 
     Raises:
-        ValueError: there is none, its config refuses a setting (most take any name), or it does not fit into memory.
+        ValueError: no model has that name, its config refuses a setting (most accept any name), or the check of the
+            model would not fit into memory.
     """
     build = _builder(name, values)
     try:
@@ -221,7 +222,7 @@ def parse_input(text: str, dtype: torch.dtype, device: torch.device, seed: int) 
     """``"4,128,512:bf16"`` as a random normal tensor, ``"2,32:int64:1000"`` as random integers below 1000.
 
     Raises:
-        ValueError: the shape or the dtype is not one, or integers come without their limit.
+        ValueError: the shape or the dtype is malformed or unknown, or an integer dtype is given without a limit.
     """
     shape_text, *rest = text.split(":")
     sizes = [size.strip() for size in shape_text.split(",")]
@@ -238,7 +239,7 @@ def parse_input(text: str, dtype: torch.dtype, device: torch.device, seed: int) 
     if wanted == torch.bool:
         return torch.randint(2, shape, generator=generator).to(device=device, dtype=wanted)
     if len(rest) < 2 or not rest[1].isdecimal() or int(rest[1]) < 1:
-        raise ValueError(f"--input: integers need the number that they are below, as in 2,32:int64:1000, got {text!r}")
+        raise ValueError(f"--input: integers need a limit that they stay below, as in 2,32:int64:1000, got {text!r}")
     return torch.randint(int(rest[1]), shape, generator=generator).to(device=device, dtype=wanted)
 
 

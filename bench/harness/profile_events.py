@@ -149,7 +149,7 @@ def bandwidth(ceilings: Ceilings) -> float:
 def fraction(
     cost: Cost, seconds: float, dtype: torch.dtype | None, ceilings: Ceilings
 ) -> tuple[float | None, str | None]:
-    """The larger of FLOP/s over the product's and bytes per second over the bandwidth, and the name of that ceiling."""
+    """The larger of two fractions, FLOP/s of a large product's and bytes/s of the bandwidth, and its ceiling's name."""
     rates = []
     if seconds > 0:
         name = next((key for key, value in DTYPES.items() if value == dtype), None)

@@ -246,6 +246,6 @@ def plot_memory(result: ProfileResult, path: str | os.PathLike) -> None:
         axis.set_xlim(0, 1e3 * end)
     axes[-1, 0].set_xlabel("ms")
     most = max(timeline.peak for timeline in result.memory) / 2**20 or 1.0
-    axes[0, 0].set_ylim(-0.03 * most, most / (1 - LABEL_ROOM))  # of all, which share the axis
+    axes[0, 0].set_ylim(-0.03 * most, most / (1 - LABEL_ROOM))  # sets the range of all plots, which share the axis
     figure.savefig(path)
     pyplot.close(figure)

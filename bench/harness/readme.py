@@ -99,7 +99,7 @@ def sweep(results: dict) -> str:
 
 
 def compressed(results: dict) -> str:
-    """Of each compressed table the median milliseconds, the speedup over plain torch, the ratio to a dense table."""
+    """One row per compressed table: median milliseconds, speedup over plain torch, and ratio to a dense table."""
     columns, names = [], []
     for case in results["cases"]:
         medians = {v["name"]: v["median"] for v in case["variants"] if v["status"] == "ok"}

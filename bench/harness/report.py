@@ -303,5 +303,5 @@ def summary(results: Results) -> str:
     if results.interrupted:
         sentences.append("The run was interrupted; these are the cases that had finished.")
     if results.left_out:
-        sentences.append(f"Left out: {'; '.join(results.left_out)}; --dtype measures it all the same.")
+        sentences.append(f"Left out: {'; '.join(results.left_out)}.")
     return " ".join(sentences)

@@ -76,7 +76,7 @@ def family(name: str) -> Family:
     """The family of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no family has that name.
     """
     if name not in FAMILIES:
         raise ValueError(f"the benchmark must be one of {', '.join(FAMILIES)}, got {name!r}")
@@ -209,13 +209,15 @@ def run(
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                left_out.append(f"{asked}, which memory cannot hold")
+                left_out.append(f"{asked}, which does not fit into memory")
                 continue
             if (seconds := ceilings.torch_seconds(case)) > patience:
-                left_out.append(f"{case.title}, for a call of torch's takes about {seconds:.0f} s here")
+                left_out.append(
+                    f"{case.title}, because torch's call takes about {seconds:.0f} s here (--dtype measures it anyway)"
+                )
             else:
                 waiting.append(_Checked(case, chosen, request, budget, cores, progress))
-            del case  # or its tensors would still be there while the next one's are made
+            del case  # the name would keep its tensors alive while the next case's are made
             now = resident_bytes()
             room = before is not None and now is not None and now - before < TOGETHER_BYTES
             if waiting and (device.type == "cuda" or len(waiting) == TOGETHER or not room):
@@ -380,8 +382,8 @@ def _first_calls(case: Case, variant: Variant, gates: dict, chosen: Family, requ
             return Row(variant.name, variant.role, "wrong", *found, package=variant.package)
         peak = peak_memory(lambda: variant.call(case.direction), case.device)
     except Exception as error:
-        # If one of several systems breaks, the benchmark goes on: its row says how, and only a failure of ours sets the
-        # exit status.
+        # If one of several systems raises an error, the benchmark goes on: the error is shown in its row, and only a
+        # failure of ours sets the exit status.
         reason = str(error).strip().splitlines() or [""]
         return Row(variant.name, variant.role, "failed", None, f"{type(error).__name__}: {reason[0]}")
     error = verdict and verdict.error

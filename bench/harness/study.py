@@ -126,7 +126,7 @@ def study(name: str) -> Study:
     """The study of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no study has that name.
     """
     known = names()
     if name not in known:

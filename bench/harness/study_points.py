@@ -15,7 +15,7 @@ FULL = 0.99
 
 
 def columns(case: dict) -> dict[str, str]:
-    """The budget of a case that each column shows: the nearest one where several belong there."""
+    """The budget of a case that each column shows: the one nearest to the column's, where several belong to it."""
     found: dict[str, str] = {}
     for label in case["runs"][0]["points"]:
         if not _is_number(label):

@@ -36,7 +36,7 @@ def parse(chosen: Family, text: str, base: Request) -> Sweep:
             far as the rule allows.
 
     Raises:
-        ValueError: the dimension is unknown, or a value is not one or does not fit the other sizes.
+        ValueError: the dimension is unknown, or a value is malformed, unknown or does not fit the other sizes.
     """
     dimension, given, listed = text.partition("=")
     known = {**chosen.dimensions, **{symbol: symbol for symbol in chosen.symbols}}

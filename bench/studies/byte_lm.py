@@ -195,7 +195,7 @@ def _plain_parameters(sizes: Sizes) -> int:
 
 
 def _over(experts: Callable[[Sizes], nn.Module]) -> Callable[[Sizes, str, int], nn.Module]:
-    """A layer of this router over these experts."""
+    """A function that makes a mixture-of-experts layer over the experts that ``experts`` makes."""
     return lambda sizes, router, steps: MoE(
         sizes.hidden_size, None, router=make_router(router, sizes, steps), experts=experts(sizes)
     )
@@ -317,7 +317,7 @@ class ByteLM(nn.Module):
         self.register_buffer("kinds", byte_kinds() if router == "domain" else None, persistent=False)
 
     def train(self, mode: bool = True) -> ByteLM:
-        """As for any module; in evaluation, experts do not choose among future bytes."""
+        """Set the mode as for any module; in evaluation, expert-choice routers become causal."""
         for module in self.modules():
             if isinstance(module, ExpertChoiceRouter):
                 module.causal = not mode

@@ -15,8 +15,8 @@ from gossamer.nn import EmbeddingBag
 from gossamer.optim import RowwiseAdagrad
 
 TASTES = 4  # components of a hidden taste
-GROUPS = 50  # of users and of items with about one taste
-TAGS, HISTORY = 3, 5  # of an item, and of a user
+GROUPS = 50  # groups of users, and of items, whose tastes are similar
+TAGS, HISTORY = 3, 5  # tags of an item, and items in a user's history
 FIELDS = ("user", "item", "tags", "history")
 
 

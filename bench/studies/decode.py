@@ -93,7 +93,7 @@ def make_model(seed: int, settings: Settings) -> nn.Module:
 
 
 def prepare(name: str, model: nn.Module) -> None:
-    """Change the model to that of a case."""
+    """Make the model use the implementation and weight format that a case's name says."""
     if name in (EAGER, GROUPED):
         model.set_experts_implementation(name.split()[1])
         return
@@ -105,7 +105,7 @@ def prepare(name: str, model: nn.Module) -> None:
 
 
 class Stopwatch:
-    """Measures time within modules of a model, by part; that of linear layers in attention counts only as theirs."""
+    """Measures time by part of a model. Linear layers inside attention count as linear layers, not as attention."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -162,7 +162,7 @@ class Generation:
 
     def __init__(self, model: nn.Module, prompt: torch.Tensor) -> None:
         self.model, self.cache, self.tokens = model, None, prompt
-        # Its name depends on the version of transformers.
+        # The name of the cache argument depends on the version of transformers.
         self._name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def step(self) -> torch.Tensor:
@@ -191,7 +191,7 @@ def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
     """One implementation and format: prefill, decoding, then decoding again under a stopwatch."""
     truth = _float_logits(seed, settings)
     model = make_model(seed, settings)
-    # Before quantisation, whose tensors hold two codes of 4 bits in an element, and scales.
+    # Counted before quantisation, which packs two 4-bit codes into one element and adds scales.
     parameters = sum(p.numel() for p in model.parameters())
     prepare(name, model)
     gc.collect()
@@ -222,7 +222,7 @@ def run(name: str, seed: int, settings: Settings, report: Report) -> Outcome:
 
 
 def cases() -> list[Case]:
-    """Implementations of transformers, gossamer's in float, and each format, of experts and linear layers."""
+    """Two implementations of transformers, gossamer in float, and gossamer with each format of quantised weights."""
     plain = [Case(EAGER, "float"), Case(GROUPED, "float"), Case(FLOAT, "float")]
     exact = [Case(f"{FLOAT} {f}", "quantised", "experts and linear layers") for f in FORMATS]
     rounded = [

@@ -31,7 +31,7 @@ DENSE = "dense"
 LATE = ("deduplicated", "masked", "product_quantized", "pruned", "semantic_id")
 # Name of a variant -> the name of its method, and options of the method's class.
 FORMS = {"quantized_learned": ("quantized", {"step": "learned"})}
-# Budgets for methods that cannot reach a tenth of the bytes, and for one whose codes cannot fill half of them.
+# Budgets for methods that cannot reach a tenth of the bytes, and for one whose codes cannot fill half of the bytes.
 OTHERS = {"quantized": (0.26, 0.51), "quantized_learned": (0.32, 0.57), "product_quantized": (0.1, 0.25)}
 # Similar blocks are searched for among at most this many blocks of a table.
 BLOCKS = 4000
@@ -131,7 +131,7 @@ def options(method: str, budget: float, seed: int, settings: Settings) -> dict[s
     """A method's options other than the budget: how often ids occur in training, and which ids occur together.
 
     Raises:
-        Unfit: its maps alone are larger than the budget.
+        Unfit: the method's maps alone are larger than the budget.
     """
     if method in FORMS:
         return FORMS[method][1]
@@ -159,10 +159,10 @@ def options(method: str, budget: float, seed: int, settings: Settings) -> dict[s
 
 
 def clusters_of(source: Source, seed: int, steps: int, size: int, name: str, most: int) -> torch.Tensor:
-    """As many clusters of a field's ids as fit the budget.
+    """``most`` clusters of a field's ids.
 
-    A resolution that gives at least this many clusters is found, and the smallest clusters are joined. If even the
-    finest resolution gives fewer, because too few ids occur together with others, the largest clusters are split.
+    Searches for a resolution that gives at least this many clusters, and joins the smallest ones. If even the
+    finest resolution gives fewer, because too few ids occur together with others, it splits the largest clusters.
     """
     resolution = 200.0
     while True:

@@ -80,7 +80,7 @@ def trained(seed: int, settings: Settings) -> tuple[ByteLM, float]:
 
 
 def alone(experts: Experts, settings: Settings) -> tuple[Experts, int]:
-    """Each gate and up matrix by its own truncated singular value decomposition; the layer, and its parameters."""
+    """Replace each gate and up matrix by its own truncated SVD; return the layer and the factors' parameter count."""
     e, wide, h = experts.gate_up_proj.shape
     rank = round(settings.share * wide // 2 * h / (wide // 2 + h))
     u, s, vh = torch.linalg.svd(experts.gate_up_proj.detach().view(2 * e, wide // 2, h), full_matrices=False)
@@ -91,7 +91,7 @@ def alone(experts: Experts, settings: Settings) -> tuple[Experts, int]:
 
 
 def latent(experts: Experts, settings: Settings, *, groups: int) -> tuple[Experts, int]:
-    """A latent for each of some groups of experts."""
+    """Replace the gate and up matrices of each of ``groups`` groups of experts by factors that share a latent."""
     e, wide, h = experts.gate_up_proj.shape
     size = round(settings.share * e * wide * h / (e * wide + groups * h))
     layer = LatentExperts.from_experts(experts, min(size, h), group_size=e // groups, shared_output=False)
@@ -99,7 +99,7 @@ def latent(experts: Experts, settings: Settings, *, groups: int) -> tuple[Expert
 
 
 def bases(experts: Experts, settings: Settings, *, nonlinearity: str, note: Callable) -> tuple[Experts, int]:
-    """Bases that are fitted."""
+    """Replace the gate and up matrices by mixtures of bases that are fitted to them."""
     layer = BasisExperts.from_experts(
         experts, settings.num_bases, nonlinearity=nonlinearity, steps=settings.fit_steps, lr=0.02, progress=note
     )

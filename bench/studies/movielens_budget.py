@@ -14,7 +14,7 @@ def load(settings: Settings, folder: Path | None) -> Settings:
     """The settings with the ratings of a folder.
 
     Raises:
-        ValueError: there is no folder, or it does not hold them; the message says how to get them.
+        ValueError: no folder is given, or it does not hold the ratings; the message says how to get them.
     """
     if folder is None:
         raise ValueError(f"study movielens_budget needs --data FOLDER; {HOW_TO_GET}")

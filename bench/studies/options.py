@@ -8,7 +8,7 @@ import torch
 
 
 def check_folders(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """``--data``, if there is one, must be a folder, and ``--out`` a folder or a new path; else exit with a message."""
+    """Exit with a message unless ``--data``, if given, is a folder, and ``--out`` is a folder or a new path."""
     if getattr(given, "data", None) is not None and not given.data.is_dir():
         parser.error(f"--data must be a folder, got {given.data}")
     if given.out.exists() and not given.out.is_dir():

@@ -196,7 +196,7 @@ def test_weights_stored_otherwise_are_named_and_not_compared(original, x):
     report = gossamer.check(original, Renamed, x, speed=False)
     assert report.ok
     assert report.not_compared[0] == "down_proj" and len(report.not_compared) == 6
-    assert "not compared, in one of the two only: down_proj" in str(report)
+    assert "not compared, since only one of the two has them: down_proj" in str(report)
 
 
 def test_many_parameters_are_summed_up_and_wrong_ones_always_shown():
@@ -205,7 +205,7 @@ def test_many_parameters_are_summed_up_and_wrong_ones_always_shown():
     report = checking.CheckReport("title", tuple(rows), (), True, True, ())
     shown = check_report.text(report)
     assert "p3 " in shown and "p39 " in shown and "p5 " not in shown
-    assert f"and {40 - 1 - check_report.MOST_PARAMETERS} parameters more whose gradients are right" in shown
+    assert f"and {40 - 1 - check_report.MOST_PARAMETERS} more parameters whose gradients are right" in shown
 
 
 def test_a_hugging_face_model_is_replaced_by_gossamer(device):
@@ -375,7 +375,7 @@ def test_settings_that_a_config_does_not_have_are_refused(user, arguments, messa
         (["userlayers:Scaled"], "give the layer's inputs"),
         (["userlayers:Scaled", "--input", "3x6"], "--input must be SHAPE[:DTYPE[:LIMIT]]"),
         (["userlayers:Scaled", "--input", "3,6:fp8"], "--input: the dtype must be one of"),
-        (["userlayers:Scaled", "--input", "3,6:int64"], "--input: integers need the number that they are below"),
+        (["userlayers:Scaled", "--input", "3,6:int64"], "--input: integers need a limit that they stay below"),
         (["userlayers:Scaled", "--inputs", "missing.safetensors"], "--inputs missing.safetensors"),
         ([*LAYER, "--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16"),
         ([*LAYER, "--replacement", "userlayers:other_weights"], "does not take the original's weights"),
