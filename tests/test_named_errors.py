@@ -588,6 +588,13 @@ NUMBERS = {
         TypeError,
         "moe_capacity_factor must be a number, got Tensor",
     ),
+    "counts of offsets in a list": (
+        lambda: routing(
+            dispatch=dataclasses.replace(gossamer.dispatch(expert_ids(3, 2), 4), offsets=[0, 1, 2, 3, 4])
+        ).counts,
+        TypeError,
+        r"dispatch\.offsets must be a torch\.Tensor, got list",
+    ),
     "losses that are no mapping": (lambda: routing(losses=-1), TypeError, "losses must be a mapping of names"),
     "experts of groups elsewhere": (
         lambda: nn.LatentExperts(4, 4, 16, latent_size=2, group_size=2)(

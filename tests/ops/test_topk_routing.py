@@ -72,9 +72,13 @@ def test_broken_logits_never_give_bad_ids(kernel_backend, device, sigmoid):
             route(sigmoid, logits, 4, None)
 
 
-def test_ties_go_to_the_lowest_expert_and_no_token_is_fine(kernel_backend, device):
-    with gossamer.backend(kernel_backend):
-        routed = softmax_topk(torch.zeros(2, 6, device=device), 3)
+def test_ties_go_to_the_lowest_expert_and_no_token_is_fine(any_backend, device):
+    """And to the first group, whatever computes them."""
+    with gossamer.backend(any_backend):
+        for num_experts in (6, 40):
+            routed = softmax_topk(torch.zeros(2, num_experts, device=device), 3)
+            assert routed.expert_ids.tolist() == [[0, 1, 2]] * 2
+        routed = softmax_topk(torch.zeros(2, 40, device=device), 3, n_group=20, topk_group=2)
         assert routed.expert_ids.tolist() == [[0, 1, 2]] * 2
         assert softmax_topk(torch.zeros(0, 6, device=device), 3).weights.shape == (0, 3)
 

@@ -320,7 +320,15 @@ def fused_topk(
 def _select_kernel(logits, choice, top_k):
     check_logits(logits, None if choice is logits else choice)
     # NaN compares unpredictably inside a top-k; as the lowest value it cannot displace or repeat another expert.
-    return torch.nan_to_num(choice, nan=-math.inf, posinf=math.inf, neginf=-math.inf).topk(top_k, dim=1).indices
+    return highest(torch.nan_to_num(choice, nan=-math.inf, posinf=math.inf, neginf=-math.inf), top_k)
+
+
+def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the ``count`` highest scores along the last dimension in descending order, the first of equal ones
+    first.
+    """
+    # A topk guarantees no order of equal scores.
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].contiguous()
 
 
 def _select_fake(logits, choice, top_k):

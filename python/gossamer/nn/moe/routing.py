@@ -24,7 +24,7 @@ from gossamer._checks import (
     check_shape,
     check_sizes,
 )
-from gossamer.ops.dispatch import Dispatch, dispatch
+from gossamer.ops.dispatch import Dispatch, check_dispatch, dispatch
 from gossamer.ops.topk_routing import EPSILON, check_logits, finite_logits, fused_mass, masked_softmax, select_experts
 
 
@@ -200,7 +200,9 @@ class Routing:
     @property
     def counts(self) -> torch.Tensor:
         """``(E,)`` int32: slots given to each expert. Slots with no expert are not counted; no gradient."""
-        return self.dispatched().dispatch.counts
+        made = self.dispatched().dispatch
+        check_dispatch(made)
+        return made.counts
 
     @property
     def has_probabilities(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from gossamer._checks import check_flag, check_same_device, check_shape, check_strided
 from gossamer.nn.moe.routing import Routing, as_logits, check_selection, sigmoid_probabilities
-from gossamer.ops.topk_routing import EPSILON, finite_logits, fused_topk, masked_softmax, select_experts
+from gossamer.ops.topk_routing import EPSILON, finite_logits, fused_topk, highest, masked_softmax, select_experts
 
 
 def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: int) -> torch.Tensor:
@@ -21,7 +21,7 @@ def _outside_groups(choice: torch.Tensor, n_group: int, topk_group: int, best: i
     top = choice.view(num_tokens, n_group, size).topk(min(best, size), dim=-1).values
     rest = top[..., 1:]
     group_scores = top[..., 0] + rest.masked_fill(rest == -math.inf, 0.0).sum(dim=-1)
-    chosen = group_scores.topk(topk_group, dim=-1).indices
+    chosen = highest(group_scores, topk_group)
     outside = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen, False)
     return outside.unsqueeze(-1).expand(num_tokens, n_group, size).reshape(num_tokens, num_experts)
 
@@ -44,8 +44,7 @@ def softmax_topk(
     With ``n_group > 1`` only the ``topk_group`` groups (of E / n_group neighbouring experts each) whose best expert is
     most probable take part (DeepSeek-V2).
 
-    Among experts with equal scores the kernels take the lower id first. Plain torch, which computes float64 logits and
-    cases without a kernel, guarantees no order.
+    Among experts with equal scores the lower id comes first.
 
     A logit of −inf masks its expert. Where a token has fewer than K unmasked experts, its other slots hold distinct
     masked experts with weight 0. NaN and +inf are errors on the CPU. On CUDA, where values are not read back, NaN is
