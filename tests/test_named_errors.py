@@ -589,9 +589,11 @@ NUMBERS = {
         "moe_capacity_factor must be a number, got Tensor",
     ),
     "counts of offsets in a list": (
-        lambda: routing(
-            dispatch=dataclasses.replace(gossamer.dispatch(expert_ids(3, 2), 4), offsets=[0, 1, 2, 3, 4])
-        ).counts,
+        lambda: (
+            routing(
+                dispatch=dataclasses.replace(gossamer.dispatch(expert_ids(3, 2), 4), offsets=[0, 1, 2, 3, 4])
+            ).counts
+        ),
         TypeError,
         r"dispatch\.offsets must be a torch\.Tensor, got list",
     ),
