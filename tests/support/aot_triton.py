@@ -150,7 +150,7 @@ def compile_case(module_name: str, arch: int, number: int) -> dict:
     }
     problems = _problems(row, numbers)
     if compiled.tensor_memory > TENSOR_MEMORY:
-        # The compiler's result is then empty, and would seem to fit.
+        # The compiler then returns an empty program, whose numbers would pass the limits.
         problems = f"{compiled.tensor_memory} columns of tensor memory, more than {TENSOR_MEMORY}; {problems}"
     return row | numbers | {"error": problems}
 

@@ -64,7 +64,7 @@ def make_inputs(product, topology, *, n=N, dtype=torch.float32, by_columns=(Fals
     (rows, cols), device = topology.shape, topology.device
     make = {"device": device, "dtype": dtype}
     if product == "sdd":
-        # b comes first, since other draws of the problem roll its columns, and with n = 1 a has only one.
+        # b comes first: other draws roll the columns of the first operand, and with n = 1 a has only one column.
         inputs = {"b": randn(n, cols, by_columns=by_columns[1], **make)}
         inputs["a"] = randn(rows, n, by_columns=by_columns[0], **make) / max(n, 1) ** 0.5
     elif product == "dsd":

@@ -47,11 +47,11 @@ def build() -> ModuleType:
         pybind11.get_include(),
         sysconfig.get_paths()["include"],
     ]
-    # Checked jumps refuse those between the stacks of a kernel's threads.
+    # _FORTIFY_SOURCE would make the C library refuse longjmp between the stacks of a kernel's threads.
     flags = "-O1 -w -std=c++20 -U_FORTIFY_SOURCE -shared -fPIC -fvisibility=hidden -DGOSSAMER_WITH_CUDA=1 -MD".split()
     command = [compiler, *flags, *(f"-I{folder}" for folder in includes)]
     if build_script()["out_of_date"](target, SOURCE):
-        # Another process may do the same at this time, or have the module open.
+        # Another process may be building the module too, or have it open, so it is replaced as a whole.
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
             made = Path(folder, target.name)
             command += ["-MF", str(made.with_suffix(".d")), str(SOURCE), "-o", str(made)]
@@ -66,7 +66,7 @@ def build() -> ModuleType:
 
 
 def install(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``gossamer.backend("cuda")`` serve the CPU by the model."""
+    """Make ``gossamer.backend("cuda")`` compute on CPU tensors by the model."""
     really = _backend.unavailable
     monkeypatch.setattr(_backend, "unavailable", lambda name, device: None if name == "cuda" else really(name, device))
     monkeypatch.setattr(_backend, "hopper_refuses", lambda x: None)

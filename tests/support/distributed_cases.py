@@ -1,6 +1,6 @@
-"""The cases of two processes of tests/nn/test_distributed.py, with RANK and WORLD_SIZE set and a folder as argument.
+"""The cases that the two processes of tests/nn/test_distributed.py run, with RANK and WORLD_SIZE set.
 
-Each function is a case.
+Each function is a case. The argument of the script is a folder.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""The cases of four processes of tests/parallel/test_dying_ranks.py: one after the other dies, and the others go on.
+"""The case of tests/parallel/test_dying_ranks.py: of four processes one after another dies, and the others go on.
 
-The last one records the findings.
+The last process records the findings.
 """
 
 import json
@@ -70,7 +70,7 @@ def main():
     step(tables, 0)
     save_checkpoint({"tables": tables}, FOLDER / "all", info={"steps": 1})
     folder.save(info={"steps": 1})
-    # One dies before the others look up.
+    # The last rank dies before the others look up.
     if RANK == 3:
         die()
     fails_in_time(step, tables, 1)
@@ -80,7 +80,7 @@ def main():
     found_again(tables, folder, 1)
     folder.save(info={"steps": 1})
     step(tables, 1)
-    # One dies while the second checkpoint is written.
+    # The last rank dies while the second checkpoint is written.
     if RANK == 2:
         FileSystemWriter.write_data = die
     fails_in_time(save_checkpoint, {"tables": tables}, FOLDER / "all")
@@ -93,7 +93,7 @@ def main():
     save_checkpoint({"tables": tables}, FOLDER / "all", info={"steps": 2})
     folder.save(info={"steps": 2})
     step(tables, 2)
-    # One dies when it has written its part of a folder, and nobody has committed it.
+    # The last rank dies after it has written its part of a folder and before anyone commits the folder.
     if RANK == 1:
         write = EmbeddingFolder.save
         EmbeddingFolder.save = lambda *args: (write(*args), die())

@@ -1,4 +1,4 @@
-"""The cases of processes of tests/parallel/test_dynamic_tables.py: sharded tables of ids that come and go; files."""
+"""The cases that the processes of tests/parallel/test_dynamic_tables.py run: sharded tables of ids that come and go."""
 
 import sys
 from pathlib import Path
@@ -56,7 +56,7 @@ def step(reference, sharded, number, weighted=False, rows=300):
     """Take one training step of both on the joined batch; return the rows looked up."""
     rank, world = dist.get_rank(), dist.get_world_size()
     parts = [ids_of(r, number, rows=rows, most=20) for r in range(world)]
-    # Ids without a vocabulary.
+    # Spread the ids over a wide range, as for a table without a vocabulary.
     parts = [(ids * 1_000_003 - 5_000_000, offsets) for ids, offsets in parts]
     ids, offsets = join(parts)
     weights = own_weights = None

@@ -177,8 +177,8 @@ def compare_gradients(whole, layer, at, scale=1.0):
             owner = layer.get_submodule(name.rpartition(".")[0])
             found, right = parameter.grad.full_tensor(), stacked(owner, name, right)
         else:
-            # Parameters that serve all experts are averaged like any dense parameter; each process has its part of the
-            # sum.
+            # Parameters that all experts share are left to whatever averages dense parameters: each process holds only
+            # its own part of the sum.
             found = sum_over_ranks(parameter.grad)
         near(found * scale, right, f"{at}: gradient of {name}")
 
@@ -225,7 +225,7 @@ def static_buffers_give_what_one_process_gives():
 
 
 def own_tokens_may_stay():
-    """Computed while others travel, with or without fixed buffers; the shared expert runs while rows return."""
+    """With overlap, a rank computes its own tokens during the exchange, and the shared expert while rows return."""
     for kind in ("plain", "lora", "basis", "one each"):
         for options in ({}, {"exchange": "static", "capacity": max(TOKENS)}):
             traffic, _ = compare(

@@ -159,7 +159,7 @@ def check_draws(
 
 
 def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    """All results equal bit by bit."""
+    """Assert that all results are equal bit by bit."""
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), f"{name} differs"

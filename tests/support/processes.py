@@ -28,13 +28,13 @@ needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 
 
 def cases_of(script):
-    """The names in the tuple ``CASES`` of a script, which is not imported, since that needs its process group."""
+    """The names in the tuple ``CASES`` of a script, read from its text, since importing it needs a process group."""
     listed = script.read_text().partition("CASES = (")[2].partition(")")[0]
     return re.findall(r"^    (\w+),$", listed, re.MULTILINE)
 
 
 def run(script, world, folder, timeout=300, killed=()):
-    """The findings of every process by case: a failure, or an empty string; none from ranks that get ``killed``."""
+    """The findings of every process by case: a failure, or an empty string. Ranks in ``killed`` return none."""
     return _run(script, {world: folder}, timeout, killed)[world]
 
 

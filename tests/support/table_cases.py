@@ -1,4 +1,4 @@
-"""The cases of processes of tests/parallel/test_tables.py: sharded tables against one process on the joined batch."""
+"""The cases that the processes of tests/parallel/test_tables.py run: sharded tables against one process."""
 
 import copy
 
@@ -248,7 +248,7 @@ def one_exchange_serves_all_tables():
     assert traffic.collectives == 4, str(traffic)
     row, others = 4 * D, [r for r in range(world) if r != rank]
     piece = [tables["a"].split.piece(r) for r in range(world)]
-    # The ids that other ranks asked this one for, and those that this one asked them for.
+    # The ids that other ranks requested from this one, and those that it requested from them.
     distinct = [[i for i in (3, 20, 36) if p.row <= i < p.row + p.rows] for p in piece]
     bags = [sum(any(int(i) in have for i in bag) for bag in ids) for have in distinct]
     sums = 2 * row

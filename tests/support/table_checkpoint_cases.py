@@ -1,4 +1,4 @@
-"""The cases of four processes of tests/parallel/test_table_checkpoints.py: save with some ranks, load with others."""
+"""The cases that the processes of tests/parallel/test_table_checkpoints.py run: any number saves, any number loads."""
 
 import copy
 import os
@@ -134,7 +134,7 @@ def another_number_of_ranks_loads_a_checkpoint():
     alone = shard_tables(model(seed=2), one, PLANS[2])
     load_checkpoint({"tables": alone}, FOLDER / "all", group=one.get_group())
     assert_same(alone, other)
-    # Admission knows how often ids were seen: those of one time get their row at the next.
+    # The admission filter has its counts, too: an id that was seen once gets a row when it is seen again.
     assert alone["dynamic"].local._filter.seen.export()[0].sort()[0].tolist() == seen_once(3)
 
 
@@ -237,7 +237,7 @@ def folders_follow_and_resume():
     wide.save(info={"step": 5})
     assert sorted(part.name for part in (FOLDER / "folder-0").glob("*-of-*")) == [f"{r}-of-4" for r in range(4)]
     dist.barrier()
-    # A follower of two parts is told, and loads.
+    # A server that follows the two ranks' folder gets an error, and then loads the new checkpoint.
     if rank < 2:
         try:
             server.apply_next()

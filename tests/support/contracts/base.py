@@ -38,7 +38,7 @@ def assert_gradients(function, inputs):
 
 
 def functional(module, call):
-    """``call(forward, **inputs)`` with the module's parameters among the inputs, named after ``parameter:``."""
+    """``call(forward, **inputs)`` with the module's parameters among the inputs, as ``parameter:NAME``."""
 
     def function(**tensors):
         own = {k.removeprefix("parameter:"): v for k, v in tensors.items() if k.startswith("parameter:")}
@@ -60,8 +60,8 @@ def parameters(module, detached=()):
 class Contract:
     """The base of the suites.
 
-    ``make`` is in each test one of ``cases``. ``detached`` lists parts of the names of parameters from which the method
-    deliberately withholds some gradient, so that differences do not apply to them.
+    Every test runs once for each of ``cases``, with the case as ``make``. ``detached`` lists parts of the names of
+    parameters from which the method withholds some gradient on purpose, so that differences do not apply to them.
     """
 
     cases = None

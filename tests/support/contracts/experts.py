@@ -40,7 +40,7 @@ class ExpertsContract(Contract):
     E, K = 5, 3
 
     def test_output(self, make, device):
-        """One row per token in the shape of x: the weighted sum of its experts' outputs, or zeros without any."""
+        """One row per token in the shape of x: the weighted sum of its experts' outputs, zeros if it has no expert."""
         layer = make(num_experts=self.E, hidden_size=H, device=device, dtype=torch.float64)
         assert (layer.num_experts, layer.hidden_size) == (self.E, H)
         ids, weights = random_routing(12, self.E, self.K, device, torch.float64)
