@@ -63,13 +63,13 @@ def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:
     return weight.data_ptr(), *weight.stride()
 
 
-# A shift that maps every index to 0: as a column shift, one scale per row; as a row shift too, one for all.
+# A shift that maps every index to 0: as a column shift it means one scale per row, as a row shift too one for all.
 _WHOLE_ROW = _ALL_ROWS = 62
 # Stands in for a dtype code: scales are themselves codes (nested scales).
 NESTED_SCALE = -2
 _NO_BLOCKS = (0, 0, 0, 0, 0)
 _LEAST_BLOCK = 32
-# Whether products round rows of x to 8 bits, and whether codes lie in panels: neither.
+# Products do not round rows of x to 8 bits, and codes do not lie in panels.
 _AS_STORED = (False, False)
 
 
@@ -102,7 +102,7 @@ def quantized_matrix(weight: Weight) -> tuple | None:
         return weight.format, data, address, DTYPES[scale.dtype], (n, c), shifts, scales, _NO_BLOCKS, _AS_STORED
     code, nested_absmax, nested_code, offset, size, nested_size, _, _ = weight.blocks
     parts = [t for t in (code, nested_absmax, nested_code) if t is not None]
-    # A row consists of whole blocks, and the smallest step of a product reads at most one of them.
+    # A row consists of whole blocks, and the smallest step of a product reads at most one block.
     fits = size >= _LEAST_BLOCK and size & (size - 1) == 0 and c % size == 0 and nested_size & (nested_size - 1) == 0
     if not fits or not all(t.is_contiguous() for t in parts):
         return None

@@ -295,7 +295,7 @@ class BlockTopology:
                 f"{max(1, (ffn_size + bn - 1) // bn) * bn}"
             )
         experts, wide = dispatch.num_experts, ffn_size // bn
-        # Every expert with rows fills its last block with at least one of them.
+        # The last block of every expert with rows holds at least one row.
         rows = min(dispatch.buffer_rows, (dispatch.buffer_rows + experts * (bm - 1)) // bm)
         if max(rows * bm, rows * wide) > MAX_BLOCKS:
             raise ValueError(

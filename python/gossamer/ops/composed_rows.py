@@ -78,7 +78,7 @@ class Parts(NamedTuple):
 
     @property
     def whole_blocks(self) -> bool:
-        """Whether all parts are blocks of one size, and the array's end breaks none of them."""
+        """Whether all parts are blocks of one size that never wrap around the end of the array."""
         return self.block > 0 and not self.wrap and (self.maps.count == 1 or self.dim % self.block == 0)
 
     @property
@@ -109,7 +109,7 @@ def _codes_at(parts: Parts, ids: torch.Tensor) -> torch.Tensor:
         first = frequent
     if len(found) == 2:
         return torch.where((ids < frequent).unsqueeze(1), found[0], found[1])
-    # Without stored codes no id is valid, so there are no ids.
+    # A table without stored codes has no valid id, so ``ids`` is empty here.
     return found[0] if found else ids.new_empty(len(ids), parts.coded)
 
 

@@ -245,7 +245,7 @@ def _product(rows: torch.Tensor, weight: Weight, dispatch: Dispatch, x_grouped: 
     s = rows_by_weight(rows, a, dispatch, x_grouped, True, backend)
     update = rows_by_weight(s, b, dispatch, True, True, backend)
     if abs(weight.factor) > torch.finfo(y.dtype).max:
-        # torch.add refuses such an alpha; this product overflows to infinity, as in the fused kernels.
+        # torch.add refuses an alpha outside the dtype; this product overflows to infinity, as in the fused kernels.
         return y + update * weight.factor
     return torch.add(y, update, alpha=weight.factor)
 

@@ -488,13 +488,13 @@ class HashTable:
         """Copies of the table's contents, ordered by row.
 
         Args:
-            predicate: called with ``keys (m,)`` and ``scores (m,)`` of all, returns ``(m,)`` bool, which to export.
+            predicate: called with all ``keys (m,)`` and ``scores (m,)``, returns ``(m,)`` bool: the keys to export.
 
         Returns:
             ``(keys (m,), values (m, D), scores (m,) int64)``; scores are zeros with ``evict=None``.
 
         Raises:
-            ValueError: the predicate's result is not such a tensor.
+            ValueError: the predicate does not return a bool tensor of shape ``(m,)``.
         """
         with self.lock:
             rows = self.live_rows()

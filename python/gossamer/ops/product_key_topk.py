@@ -96,7 +96,7 @@ def product_key_topk_reference(args: ProductKeyTopk) -> tuple[torch.Tensor, torc
 
 
 def _check_values(args: ProductKeyTopk) -> None:
-    """On the CPU scores must hold neither NaN nor +∞. It reads values, so it is called inside the operator."""
+    """Raise on the CPU if scores hold NaN or +∞. This reads values, so it is called inside the operator."""
     for name, scores in (("scores1", args.scores1), ("scores2", args.scores2)):
         if scores.device.type == "cpu" and scores.numel() and not float(scores.max()) < math.inf:
             raise_not_a_score(name, scores)
@@ -319,7 +319,7 @@ def product_key_search(queries: torch.Tensor, keys: torch.Tensor, top_k: int) ->
     backend = _backend.resolve("product_key_topk", queries)
     wanted = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
     if backend == "native" and queries.dtype == torch.float32 and top_k <= MOST_CHOSEN:
-        # Scores stay in the cache until they are ranked; plain products would write and read all of them.
+        # Scores stay in the cache until they are ranked; plain products would write all scores and read them back.
         scores, ids = _product_key_search(args, backend)
         if not wanted:
             return scores, ids

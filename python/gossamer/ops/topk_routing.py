@@ -43,9 +43,9 @@ def masked_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def check_logits(logits: torch.Tensor, biased: torch.Tensor | None) -> None:
-    """On the CPU ``logits`` must hold neither NaN nor +inf, and ``biased``, a bias or biased scores, no NaN.
+    """Raise on the CPU if ``logits`` hold NaN or +inf, or ``biased``, a bias or biased scores, holds NaN.
 
-    It reads values, so it must be called inside an operator, where values exist in compiled calls too.
+    This reads values, so it must be called inside an operator, where values exist in compiled calls too.
     """
     if logits.device.type != "cpu" or logits.numel() == 0:
         return
@@ -254,11 +254,10 @@ _mass_routing.differentiate(_save_mass, _differentiate_mass)
 def fused_mass(
     logits: torch.Tensor, mass: float, *, exceed: bool, num_experts: int, max_ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """``expert_ids`` int64 and ``weights`` float32, both ``(T, min(E, max_ranks))``, or None if there is no kernel for
-    it.
+    """``expert_ids`` int64 and ``weights`` float32, both ``(T, min(E, max_ranks))``; None if no kernel serves the call.
 
     The arguments are those of :class:`MassRouting`. A token's experts come first; id E and weight 0 mean no expert.
-    There are kernels for float32 logits: Triton's for up to 1024 experts, none of them null; native ones for any.
+    Kernels serve float32 logits: Triton's up to 1024 experts without null experts, native ones any number.
     """
     backend = _backend.resolve("topk_routing", logits)
     if backend not in _FITS or logits.dtype != torch.float32:
