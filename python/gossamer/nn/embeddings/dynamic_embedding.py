@@ -150,8 +150,8 @@ class DynamicEmbedding(DynamicState):
         Args:
             num_embeddings: N.
             embedding_dim: D.
-            nbytes: of :meth:`inference_nbytes`.
-            **options: of the class.
+            nbytes: the most bytes, as :meth:`inference_nbytes` counts them.
+                        **options: options of the class.
 
         Raises:
             TypeError: ``nbytes`` is not an int.

@@ -175,7 +175,7 @@ class EmbeddingFolder:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def load(self, *, older: int = 0) -> Contents | None:
-        """Load the newest checkpoint, from which training continues bit for bit; returns None if there is none.
+        """Load the newest checkpoint, from which training continues bit for bit; return None before the first one.
 
         Args:
             older: load the checkpoint this many before the newest, out of the ``keep`` kept ones. The next :meth:`save`
@@ -234,7 +234,7 @@ class EmbeddingFolder:
             with_state: write optimizer state and ages too.
 
         Raises:
-            ValueError: there is no checkpoint that the delta could follow.
+            ValueError: no checkpoint was saved or loaded, so the delta would have nothing to follow.
         """
         check_flag("with_state", with_state)
         if self.lineage is None:
@@ -250,7 +250,7 @@ class EmbeddingFolder:
         return sum(rows["keys"].numel() for rows, _ in parts.values())
 
     def apply_next(self) -> Contents | None:
-        """Apply the delta after :attr:`sequence` to all layers; returns None if there is none yet.
+        """Apply the delta after :attr:`sequence` to all layers; return None if it has not been written yet.
 
         Raises:
             DeltaGap: the delta was removed, or does not follow the last applied one; call :meth:`load` and continue.
@@ -298,7 +298,7 @@ def read_manifest(path: str | os.PathLike) -> Manifest | None:
     """The manifest of an :class:`EmbeddingFolder`; None before the first checkpoint.
 
     Raises:
-        ValueError: the file is not such a manifest, or it is missing although there are checkpoints.
+        ValueError: the file is not a manifest of this kind, or it is missing although the folder has checkpoints.
     """
     path = Path(path) / _MANIFEST
     try:

@@ -12,10 +12,10 @@ _LEFT_OVER = 0.005
 
 
 class NarrowRowsTable(FusedTable):
-    """A table whose rows of d columns, some of them of one more, are projected to D columns.
+    """A table whose rows have d columns, or d + 1 for the first ids, and are projected to D columns.
 
     ``e(x) = (weight[x], extra[x])·projectionᵀ + bias``, where only ids below :attr:`wide_rows` have an ``extra``.
-    Adding a column to all N rows is a coarse step of the size; adding it to some rows only meets a byte budget to
+    A column added to all N rows changes the size by a large step. Added to some rows only, it meets a byte budget to
     within a row.
 
     A subclass sets its parameters by :meth:`_set_rows`, looks vectors up by :meth:`_vectors` and pools bags by
@@ -26,7 +26,7 @@ class NarrowRowsTable(FusedTable):
         extra: ``(wide_rows, 1)``, a parameter, or None.
         projection: ``(D, d)``, or ``(D, d + 1)`` with ``extra``, a parameter; None if rows have D columns.
         bias: ``(D,)``, a parameter, or None.
-        wide_rows: number of ids, from the first, with one column more.
+        wide_rows: number of ids, from the first, whose rows have one more column.
     """
 
     wide_rows: int = 0

@@ -278,9 +278,9 @@ class ProductQuantizedEmbedding(FusedTable):
     ) -> ProductQuantizedEmbedding:
         """The table with the longest codes among those that fill 99 % of a budget, with up to 4096 codes per part.
 
-        Among equally long codes, those closest to 8 bits per part are taken. Unless ``frequent`` is given, as many of
-        the first ids as fill the budget may get wider codes than the others. ``num_parts`` may be given. Raises the
-        errors of :meth:`Table.from_budget`.
+        Among equally long codes, those closest to 8 bits per part are taken. Unless ``frequent`` is given, the first
+        ids may get wider codes than the others, so that the table fills the budget. ``num_parts`` may be given. Raises
+        the errors of :meth:`Table.from_budget`.
         """
         check_budget(nbytes)
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)

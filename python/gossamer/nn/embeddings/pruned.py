@@ -76,7 +76,7 @@ class SparseRows(torch.nn.Module):
 
 
 def kept_entries(num_embeddings: int, embedding_dim: int, nbytes: int, itemsize: int) -> tuple[int, bool]:
-    """The most entries that fit a budget, and whether storing row starts, instead of a row per entry, fits as many."""
+    """The most entries that fit a budget, and whether storing row starts, not a row per entry, reaches that number."""
     entry = itemsize + (1 if embedding_dim <= 256 else 4)
     by_row, by_entry = (nbytes - 4 * (num_embeddings + 1)) // entry, nbytes // (entry + 4)
     most = num_embeddings * embedding_dim

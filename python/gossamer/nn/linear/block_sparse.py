@@ -183,7 +183,7 @@ class BlockSparseLinear(nn.Module):
         at compilation or, with torch older than 2.13, at the layer's last call before it.
 
         Raises:
-            ValueError: on the CPU, ``block_mask`` has not as many blocks as ``values``.
+            ValueError: on the CPU, ``block_mask`` and ``values`` have different numbers of blocks.
         """
         _follow_mask(self)
         return self._topology

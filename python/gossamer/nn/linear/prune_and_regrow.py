@@ -24,7 +24,7 @@ RULES: dict[str, tuple[float, float, bool, bool]] = {
 
 
 def moved_mask(mask: torch.Tensor, norms: torch.Tensor, growth: torch.Tensor, count: int) -> torch.Tensor:
-    """Drop the ``count`` blocks of smallest norm, then grow as many of highest growth score.
+    """Drop the ``count`` blocks of smallest norm, then grow the ``count`` blocks of highest growth score.
 
     Every block that is not kept can be grown, including one just dropped. Among equal scores the first is dropped, or
     grown.
@@ -36,7 +36,7 @@ def moved_mask(mask: torch.Tensor, norms: torch.Tensor, growth: torch.Tensor, co
         count: at most the number of blocks.
 
     Returns:
-        A mask with as many blocks.
+        A mask with as many blocks as ``mask``.
     """
     # Positions without a block rank last, so that they are never dropped.
     dropped = highest((-norms).masked_fill(~mask, -math.inf), count)
@@ -87,9 +87,9 @@ class PruneAndRegrow:
 
     Raises:
         TypeError: ``model`` is something else, or a number is not an int.
-        ValueError: there is no such layer, a number is out of range, a name is unknown, a layer's values are sharded,
-            or a rule that follows the gradient is used with several processes, which would move different blocks, since
-            each sees only its own batch's gradient.
+        ValueError: ``model`` has no block-sparse linear layer, a number is out of range, a name is unknown, a layer's
+            values are sharded, or a rule that follows the gradient is used with several processes; each process sees
+            only its own batch's gradient, so they would move different blocks.
     """
 
     def __init__(

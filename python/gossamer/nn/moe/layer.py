@@ -175,8 +175,8 @@ class MoE(nn.Module):
         Raises:
             RuntimeError: ``torch.jit.trace`` or ``torch.func.vmap`` records the call.
             TypeError: the router returns no Routing, or dtypes do not fit.
-            ValueError: shapes or devices do not fit, there is no routing and no router, a token has more than K
-                experts, or, on the CPU, logits are NaN or +inf.
+            ValueError: shapes or devices do not fit, no routing is given to a layer without a router, a token has more
+                than K experts, or, on the CPU, logits are NaN or +inf.
         """
         check_traceable(type(self).__name__)
         check_hidden(x, self.hidden_size)

@@ -339,7 +339,7 @@ def check_finite_logits(logits: torch.Tensor) -> None:
 def softmax_until(
     logits: torch.Tensor, mass: float, *, exceed: bool, num_experts: int, max_experts: int | None = None
 ) -> Routing:
-    """The most probable experts of each token, as many as their probabilities need to add up to ``mass``.
+    """The most probable experts of each token, until their probabilities add up to ``mass``.
 
     With ``exceed`` the sum must be greater than ``mass``, else at least ``mass``. Weights are probabilities. Logits
     beyond the first ``num_experts`` belong to null experts: a slot that holds one has no expert. Arguments are checked

@@ -152,7 +152,7 @@ class HashRouter(Router):
             token_ids: int32 or int64.
 
         Raises:
-            TypeError: there are no token ids, or they are not int32 or int64.
+            TypeError: no token ids are given, or they are not int32 or int64.
             IndexError: on the CPU, a token id outside ``0 ... V-1``.
         """
         if token_ids is None:
