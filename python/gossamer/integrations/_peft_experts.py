@@ -51,7 +51,7 @@ def parallel_obstacle(wrapper: peft_layer.ParamWrapper) -> str | None:
     base = wrapper.get_base_layer()
     if not is_experts(base):
         return None
-    # Where gossamer exchanges the tokens, PEFT's own sum W + ΔW cannot take its place.
+    # Where gossamer exchanges the tokens, the update cannot be left to PEFT, which adds ΔW to W.
     return division_obstacle(base) if _exchange(wrapper) is None else _update_obstacle(wrapper)
 
 

@@ -77,14 +77,14 @@ def replace(model: torch.nn.Module, *, strict: bool = True) -> Replacement:
 
     Args:
         model: any module.
-        strict: whether finding none that can be switched is an error.
+        strict: raise an error if no layer can be switched.
 
     Returns:
         What was switched.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: under ``strict``, there is none.
+        ValueError: under ``strict``, no layer can be switched.
     """
     return swap(model, survey(model, strict))
 

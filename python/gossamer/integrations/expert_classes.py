@@ -183,7 +183,7 @@ class _LongcatFlashExperts(_Layout):
 
 
 class _Step3p7Experts(_Layout):
-    """The layout equals that of the experts interface; so does the activation if there is no limit."""
+    """The layout equals that of the experts interface; so does the activation, unless the module clamps it."""
 
     has_bias = is_transposed = False
 
@@ -288,7 +288,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def holds_layers(model: nn.Module) -> bool:
-    """Whether the model has such an expert layer that gossamer does not compute yet."""
+    """Whether the model has an expert layer of one of these classes that gossamer does not compute yet."""
     return any(True for _ in _layers(model))
 
 

@@ -47,10 +47,10 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
     loaded.
 
     Args:
-        format: the target format, one of :class:`gossamer.QuantizedExpertWeight`; None in files.
+        format: the target format, one of those of :class:`gossamer.QuantizedExpertWeight`; None in files.
         group_size: group size of ``int4``.
-        experts: description of a file's experts: for the path of each weight its ``format``, the shapes of its ``data``
-            and ``scale``, and ``scale_dtype``, and ``activations`` unless they are ``"float"``.
+        experts: what a file's experts are: the path of each weight -> its ``format``, the shapes of its ``data`` and
+            ``scale``, ``scale_dtype``, and ``activations`` unless they are ``"float"``.
         activations: as in :func:`gossamer.quantize_experts`.
 
     Raises:

@@ -135,7 +135,7 @@ def hold(module: nn.Module, name: str, weight: QuantizedExpertWeight) -> None:
 
 
 def undo_obstacle(module: nn.Module, before: None) -> str | None:
-    """Why there is no way back: the floats are gone."""
+    """Why the layer cannot be restored: quantisation did not keep the float weights."""
     return "must hold its float weights to be restored, they were quantised"
 
 

@@ -17,7 +17,7 @@ from gossamer.parallel.placement import Split
 from gossamer.parallel.shards import copy_beside
 
 # Ids are assigned to this many groups by hash, and groups to ranks in order. Checkpoints store groups, so that any
-# number of processes can find its ids; the number has many divisors.
+# number of processes can find its ids. It has many divisors, so that many numbers of ranks get equally many groups.
 HASH_GROUPS = 480
 _SALT = 0x2545F4914F6CDD1D
 
@@ -285,7 +285,7 @@ def _from_bytes(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, object]
     """The inverse of :func:`_to_bytes`.
 
     Raises:
-        ValueError: the bytes are not such a group.
+        ValueError: :func:`_to_bytes` did not make the bytes.
     """
     try:
         begin = 8 + int.from_bytes(data[:8], "little")

@@ -211,7 +211,7 @@ def shard_experts(
 
         shard_experts(model, mesh, "expert")
         for block in model.blocks:
-            fully_shard(block.moe.experts, mesh=mesh["data"])   # as many experts on every rank, none shared
+            fully_shard(block.moe.experts, mesh=mesh["data"])   # if ranks have equal parts and share no parameter
         fully_shard(model, mesh=mesh["data", "expert"]._flatten("all"))
 
     Ranks may have different numbers of tokens, including none. Every rank must call the layers in the same order, and

@@ -67,7 +67,7 @@ class _Summed(torch.autograd.Function):
 
 
 def copied(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """A value that all ranks of a group share; its gradient is the sum of theirs."""
+    """A value that all ranks of a group share; its gradient is the sum of the gradients on all ranks."""
     return _Copied.apply(tensor, group)
 
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from gossamer._checks import check_number
 
-# Longer than the 5 ms after which a thread that waits for the interpreter asks for it again, so that such a thread
-# wakes at least once between two observations.
+# Seconds between two observations. A thread that waits for the interpreter lock asks for it again every 5 ms, so it
+# wakes at least once in between.
 _INTERVAL = 0.01
 _TASKS = Path("/proc/self/task")
 
@@ -22,18 +22,18 @@ def shutdown(timeout: float = 30.0) -> None:
     It waits for the other processes of the default group (``torch.distributed.barrier``), then until gloo's threads
     rest, and calls ``torch.distributed.destroy_process_group``.
 
-    A thread of gloo holds the tensors of a collective for a moment after its result is there. If Python shuts down
+    A thread of gloo holds the tensors of a collective for a moment after the result has arrived. If Python shuts down
     within that moment, the thread cannot release them, and the process is aborted with ``terminate called without an
-    active exception``. ``destroy_process_group`` alone does not prevent it: groups that something still refers to, such
-    as ``DistributedDataParallel`` or a mesh, keep their threads.
+    active exception``. ``destroy_process_group`` alone does not prevent this: a group that is still referred to, for
+    example by ``DistributedDataParallel`` or a mesh, keeps its threads.
 
     Args:
-        timeout: seconds to wait for gloo's threads at most, above 0; after them a warning is given. The wait for the
+        timeout: the most seconds to wait for gloo's threads, above 0; after that a warning is given. The wait for the
             other processes has the timeout of the process group.
 
     Raises:
         ValueError: ``timeout`` is not a number above 0.
-        RuntimeError: there is no process group, or another process has ended.
+        RuntimeError: no process group was started, or another process has ended.
     """
     check_number("timeout", timeout, above=0, finite=True)
     if not dist.is_initialized():
@@ -61,7 +61,7 @@ def _threads_rest(timeout: float) -> bool:
 
 
 def _sleeping_threads() -> dict[str, str] | None:
-    """How often each gloo thread has gone to sleep; None if one of them is awake."""
+    """How often each gloo thread has gone to sleep; None if any of them is awake."""
     found = {}
     for task in _TASKS.iterdir():
         try:

@@ -248,7 +248,7 @@ def _padded_rows(bin_ids: torch.Tensor, bins: torch.Tensor, padded_bins: torch.T
 
 
 def _spread(x: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, num_rows: int, top_k: int) -> torch.Tensor:
-    """``(num_rows, D)``: row ``rows[r]`` is that of the token of sorted row r, and zero where there is none."""
+    """``(num_rows, D)``: row ``rows[r]`` holds the token of sorted row r; rows without a token are zero."""
     tokens = torch.full((num_rows + 1,), x.shape[0], dtype=torch.int64, device=x.device)
     tokens = tokens.scatter(0, rows.clamp(max=num_rows), torch.div(indices, top_k, rounding_mode="floor").long())
     return gather_reduce(x, tokens[:num_rows], bounds="drop")

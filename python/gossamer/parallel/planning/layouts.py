@@ -323,7 +323,7 @@ def _held(model: Model, cluster: Cluster, layout: Layout) -> _Held:
 
 
 def met_ranks(model: Model, ranks: int) -> list[float]:
-    """For each rank that holds experts, the probability that a token meets one of them."""
+    """For each rank that holds experts, the probability that a token is routed to any of its experts."""
     return met_parts(parts(model.experts, ranks), model.top_k)
 
 

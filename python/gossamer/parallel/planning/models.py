@@ -120,7 +120,7 @@ class _Config:
         self.where, self.values = where, values
 
     def size(self, *names: str, most: int, least: int = 1, default: int | None = None) -> int:
-        """The first of ``names`` that the config holds, else ``default``; an error if there is neither."""
+        """The first of ``names`` that the config holds, else ``default``; an error without a default."""
         for name in names:
             if self.values.get(name) is not None:
                 return integer(self.where, name, self.values[name], least, most)

@@ -19,8 +19,8 @@ MEANING = {
     MEMORY: ("copies in memory", "GB/s", 1e9, "--memory-rate"),
     TABLES: ("embedding tables", "GB/s", 1e9, "--table-rate"),
 }
-# The memory that data sheets give, in GB; drivers report as many GiB to within a hundredth. GPUs that are sold with
-# several sizes are known by the size in their name only, such as "A100-SXM4-80GB".
+# Memory in GB by data sheet; drivers report the same number in GiB, to within a hundredth. A GPU sold with several
+# sizes of memory is not listed: its size is read from its name, such as "A100-SXM4-80GB".
 SHEET_MEMORY = {
     "H100 NVL": 94, "H100": 80, "H200": 141, "B200": 180, "MI300X": 192, "MI325X": 256, "MI355X": 288,
 }  # fmt: skip
@@ -110,8 +110,8 @@ class Rates:
             variant: one of our variants, such as ``"gossamer SGD"``; by default the first.
 
         Raises:
-            ValueError: it is neither given nor measured, the device has runs with several instruction sets, or a file
-                holds something other than results.
+            ValueError: the rate is neither given nor measured, the device has runs with several instruction sets, or a
+                file holds something other than results.
         """
         meaning, unit, _, option = MEANING[name]
         if name in self.given:
