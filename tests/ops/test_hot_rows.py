@@ -28,7 +28,7 @@ OPTIMIZERS = [
 def _small_pieces(monkeypatch):
     """Shorter pieces than Triton's own, for the interpreter's sake."""
     if importlib.util.find_spec("triton"):
-        # Both imported before either is changed: one takes its own from the other.
+        # Import both modules before changing either: one copies the constant from the other when it is imported.
         names = [f"gossamer.triton_kernels.{name}" for name in ("row_gradients", "sparse_update")]
         for module in [importlib.import_module(name) for name in names]:
             monkeypatch.setattr(module, "PIECE", PIECE)
