@@ -151,7 +151,7 @@ class DynamicEmbedding(DynamicState):
             num_embeddings: N.
             embedding_dim: D.
             nbytes: the most bytes, as :meth:`inference_nbytes` counts them.
-                        **options: options of the class.
+            **options: options of the class.
 
         Raises:
             TypeError: ``nbytes`` is not an int.
