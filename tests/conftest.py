@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -79,6 +80,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("kernel_backend", "dtype"), cases, ids=_id)
     elif "kernel_backend" in metafunc.fixturenames:
         metafunc.parametrize("kernel_backend", backends)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected, a million objects, out of the garbage collections during tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
