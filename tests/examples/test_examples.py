@@ -40,6 +40,22 @@ def run(*arguments, settings=TINY, processes=0):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture(scope="module")
+def example():
+    """The example's module."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        yield importlib.import_module("train_moe_lm")
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+
+
+def run_here(example, *arguments, settings=TINY):
+    """The exit status of the command in this process, which has imported what a new one would take seconds for."""
+    flat = [str(part) for pair in settings.items() for part in pair]
+    return example.main([*flat, *map(str, arguments)])
+
+
 def png_size(path):
     """Width and height of a PNG file."""
     head = path.read_bytes()[:24]
@@ -74,23 +90,12 @@ def test_both_ways_learn_the_same(tmp_path, device):
     assert min(png_size(out / "expert_load.png")) > 500
 
 
-@pytest.fixture(scope="module")
-def example():
-    """The example's module."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        yield importlib.import_module("train_moe_lm")
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-
-
 @pytest.mark.parametrize("router", sorted(ROUTERS))
 def test_every_router_learns(example, tmp_path, monkeypatch, router):
     """In the command's own process: the held-out loss falls, every layer's experts get tokens, the files are there."""
     monkeypatch.setattr(example, "load_corpus", lambda root: corpus(root))
     settings = TINY | {"--steps": 14, "--eval-every": 7, "--layers": 1, "--router": router, "--device": "cpu"}
-    flat = [str(part) for pair in settings.items() for part in pair]
-    assert example.main(["--out", str(tmp_path), *flat]) == 0
+    assert run_here(example, "--out", tmp_path, settings=settings) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     bits = metrics["runs"][0]["valid_bits_per_byte"]
     assert bits[0] == pytest.approx(8.0, abs=1e-5) and bits[-1] < bits[1] < 8
@@ -108,14 +113,13 @@ def corpus(root):
     )
 
 
-def test_another_router_over_another_layer(tmp_path):
+def test_another_router_over_another_layer(example, tmp_path):
     """A number of experts that varies, over two half layers a block; and single neurons, counted by rows of keys."""
     for number in range(25):
         (tmp_path / f"{number}.py").write_text(f"value_{number} = {number}\n" * 40)
     settings = TINY | {"--steps": 6, "--num-experts": 8}
     for out, *given in (("a", "--router", "top_p", "--experts", "cartesian"), ("b", "--experts", "product_key")):
-        done = run("--out", tmp_path / out, "--data", tmp_path, *given, settings=settings)
-        assert done.returncode == 0, done.stderr
+        assert run_here(example, "--out", tmp_path / out, "--data", tmp_path, *given, settings=settings) == 0
         metrics = json.loads((tmp_path / out / "metrics.json").read_text())
         assert metrics["runs"][0]["valid_bits_per_byte"][-1] < metrics["runs"][0]["valid_bits_per_byte"][0]
         counts = torch.tensor(metrics["routing"]["counts_step_layer_expert"])
@@ -125,12 +129,12 @@ def test_another_router_over_another_layer(tmp_path):
         assert bool((per_token >= 1).all()) if out == "a" else bool((per_token == 32).all())
 
 
-def test_bias_balancing_on_own_files(tmp_path):
+def test_bias_balancing_on_own_files(example, tmp_path):
     for number in range(25):
         (tmp_path / f"{number}.py").write_text(f"value_{number} = {number}\n" * 40)
     settings = TINY | {"--steps": 40, "--bias-rate": 0.02}
-    done = run("--out", tmp_path / "out", "--data", tmp_path, "--balance", "bias", "--seed", 3, settings=settings)
-    assert done.returncode == 0, done.stderr
+    given = ("--out", tmp_path / "out", "--data", tmp_path, "--balance", "bias", "--seed", 3)
+    assert run_here(example, *given, settings=settings) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["corpus"]["train_bytes"] + metrics["corpus"]["valid_bytes"] == sum(
         p.stat().st_size + 1 for p in tmp_path.glob("*.py")
@@ -185,24 +189,17 @@ def test_two_processes_learn_what_one_does(tmp_path):
         (["--experts", "dense"], "invalid choice: 'dense'"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, tmp_path):
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        import train_moe_lm
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    given = [str(part) for pair in TINY.items() for part in pair]
+def test_bad_arguments_are_named(example, arguments, message, tmp_path):
     with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
         lines = []
         patch.setattr(sys.stderr, "write", lines.append)
-        train_moe_lm.main(["--out", str(tmp_path / "out"), *given, *arguments])
+        run_here(example, "--out", tmp_path / "out", *arguments)
     assert stop.value.code == 2
     assert message in "".join(lines)
     assert not (tmp_path / "out").exists()
 
 
-def test_too_little_data_is_named(tmp_path):
+def test_too_little_data_is_named(example, tmp_path, capsys):
     (tmp_path / "one.py").write_text("x = 1\n")
-    done = run("--out", tmp_path / "out", "--data", tmp_path)
-    assert done.returncode == 2
-    assert "holds 7 training and 1 validation bytes" in " ".join(done.stdout.split())
+    assert run_here(example, "--out", tmp_path / "out", "--data", tmp_path) == 2
+    assert "holds 7 training and 1 validation bytes" in " ".join(capsys.readouterr().out.split())
