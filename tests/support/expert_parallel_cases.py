@@ -12,6 +12,7 @@ from pathlib import Path
 
 import processes
 import torch
+import torch._inductor.lowering  # compiling imports this in each process otherwise
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from contracts import assert_near

@@ -4,6 +4,7 @@ import copy
 
 import processes
 import torch
+import torch._inductor.lowering  # compiling imports this in each process otherwise
 import torch.distributed as dist
 from processes import all_ranks_raise as raises
 from torch import nn
