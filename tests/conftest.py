@@ -21,7 +21,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))  # what tests share; pytest leaves sys.path alone
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # shared helpers; pytest leaves sys.path alone
 
 from gossamer import _backend
 
@@ -90,7 +90,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
-    """A test is skipped, with what they say, where forced CUDA kernels are not for this GPU or dtype."""
+    """Skip a test, with the error as reason, if forced CUDA kernels do not support this GPU or dtype."""
     try:
         return (yield)
     except Exception as error:

@@ -94,7 +94,7 @@ def test_a_gate_may_allow_a_multiple_of_the_baselines_errors():
 
 
 def test_a_wrong_peer_is_shown_and_does_not_fail_the_run(device):
-    """What gossamer or its baseline gets wrong fails it; what another package gets wrong is in the table alone."""
+    """A wrong result of gossamer or its baseline fails the run; one of another package only shows in the table."""
     right, ours = (Variant(role, role, lambda: torch.arange(4.0)) for role in (DENSE, OURS))
 
     def adapt(name, role):
@@ -143,7 +143,7 @@ def test_cases_take_turns_while_there_is_memory_for_them(monkeypatch):
 
 
 def test_ratio_is_of_the_rounds_with_cores_near_each_other():
-    """Of five such rounds at least, near for both; else of all. The table says how many were not."""
+    """If five or more rounds have near cores for both calls, only those count; the table says how many do not."""
 
     def row(name, role, seconds, near):
         return record.Row(name, role, "ok", None, "", seconds, list(range(len(seconds))), near)
@@ -203,7 +203,7 @@ def test_ceilings_are_the_faster_of_before_and_after_the_timing(monkeypatch):
 
 @pytest.mark.parametrize(("disturbed", "slowing", "idle"), [(1.04, 0.02, True), (1.2, 0.1, False)])
 def test_report_says_whether_the_machine_was_idle(disturbed, slowing, idle):
-    """Of ten rounds five took a second; the median sample is between those and the others. Of nine nothing is said."""
+    """Five of ten rounds take a second and the others longer; with nine rounds nothing is said."""
     rows = [
         record.Row(role, role, "ok", None, "", [1.0] * 5 + [disturbed] * 5, list(range(10)), [True] * 10)
         for role in (OURS, DENSE)
@@ -297,7 +297,7 @@ def test_costs_count_products_and_single_passes(device):
 
 
 def test_bytes_of_a_training_step_count_each_tensor_once(device):
-    """The frozen weight is read once, however often it is multiplied; gradients are as large as what they are of."""
+    """The frozen weight is read once, however often it is multiplied; a gradient is as large as its tensor."""
     m, n, c, r, adapters = 6, 10, 12, 2, 3
     sizes = {"M": m, "N": n, "C": c, "r": r}
     plain = runner.family("low_rank").build(small_request(device, sizes=sizes))
@@ -316,7 +316,7 @@ def test_a_profile_of_block_sparse_layers_has_a_reference_with_a_backward_pass(d
     assert reference.name == "masked dense"
 
 
-# Cases of a family that has not two dtypes in two directions.
+# The number of cases of each family that does not have two dtypes in two directions.
 COUNTS = dict.fromkeys(("dispatch", "expert_topology"), 1)
 COUNTS |= dict.fromkeys(("sparse_update", "hash_table", "quantized_experts", "product_key_experts"), 2)
 COUNTS |= dict.fromkeys(("topk_routing", "tree_routing"), 2)

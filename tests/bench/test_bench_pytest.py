@@ -42,7 +42,7 @@ run(*limit)
 
 
 def test_a_run_is_stored_compared_and_held_to_a_limit(tmp_path):
-    # Where this test runs in a worker of several, pytest-benchmark would take these runs for workers too.
+    # If this test runs in one of several workers, pytest-benchmark would take these runs for workers too.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-c", RUNS, str(ROOT), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -112,7 +112,7 @@ def test_what_cannot_be_captured_says_that_the_host_is_in_its_time(monkeypatch):
     timed = machine.clock.prepare(lambda: machine.call(10, 1e-6, reads_the_host=True))
     assert timed.method == "events, host included"
     assert timed.sample() > 50e-6
-    # It was found out without a capture, which would have failed, and the mode is as before.
+    # The clock found this out without a capture, which would have failed, and restored the mode.
     assert machine.captures == 0 and machine.mode == 0
 
 
@@ -199,9 +199,9 @@ def falling():
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_a_call_whose_ratio_is_known_well_sits_out(steady):
-    """A steady ratio needs seven rounds; where one call is slow whenever the other is fast, it has all there are.
+    """A steady ratio needs seven rounds; the ratio of calls that are slow by turns gets every round.
 
-    So has a call that becomes faster all the time, and those compared go along.
+    So does the ratio of a call that becomes faster all the time, and the compared calls go along.
     """
     noise = torch.rand(100, generator=torch.Generator().manual_seed(0)).tolist()
     dense = [2.0 if steady else 2.0 + value for value in noise]
@@ -295,7 +295,7 @@ def test_distance_of_cores_is_the_larger_around_each_sample():
 
 @pytest.fixture
 def naps(monkeypatch):
-    """Time that passes by samples and naps alone."""
+    """A clock that only samples and naps advance."""
     now = {"s": 0.0, "naps": 0}
 
     def nap(seconds):
@@ -361,7 +361,7 @@ def test_least_distance_is_looked_for_where_there_is_one(naps):
 
 
 def test_distance_of_cores_is_that_of_a_cache_line_between_them():
-    """No processor passes a line on in a nanosecond; one thread passes none. On CUDA the device's time has none."""
+    """No processor passes a cache line on in a nanosecond. One thread has no distance, and nor has a CUDA device."""
     threads, cores = torch.get_num_threads(), Cores.of(torch.device("cpu"))
     try:
         torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from gossamer.testing import errors
 
 
 class Eager(nn.Module):
-    """An expert layer in plain torch, its names those of gossamer's."""
+    """An expert layer in plain torch, with the names of gossamer's."""
 
     def __init__(self, h=16, i=8, e=4, k=2, factor=1.0):
         super().__init__()
@@ -40,7 +40,7 @@ class Eager(nn.Module):
 
 
 class Fused(Eager):
-    """The same over our operator."""
+    """The same layer over our operator."""
 
     def forward(self, x):
         weights, ids = self.router(x).softmax(1).topk(self.k, dim=1)
@@ -50,7 +50,7 @@ class Fused(Eager):
 
 
 class Detached(Fused):
-    """Right forward, and no gradient for one weight."""
+    """A layer whose output is right, but which gives one weight no gradient."""
 
     def forward(self, x):
         self.down_proj.requires_grad_(True)

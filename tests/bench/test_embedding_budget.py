@@ -72,7 +72,7 @@ def test_budgets_reached_and_missed():
 
 
 def test_the_same_result_twice():
-    """All that does not measure time is a function of the seed."""
+    """Everything except measured times is a function of the seed."""
     few = dataclasses.replace(SMALL, steps=4)
     first, again, other = (STUDY.run("hash", seed, few, lambda share, note: None).points for seed in (0, 0, 1))
     for budget, numbers in first.items():
@@ -94,7 +94,7 @@ def test_chosen_budgets():
 
 
 def record(losses):
-    """A stored study: of each case and budget the losses of its seeds."""
+    """A stored study with the losses of each case's seeds at each budget."""
     cases = []
     for name, points in losses.items():
         runs = [

@@ -52,7 +52,7 @@ def option(command, name):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_command_is_one(script, tmp_path):
-    """Tests that it names exist, benchmarks that it asks for are understood, and no file is written twice."""
+    """The tests that a script names exist, its benchmark commands parse, and no file is written twice."""
     status, printed, commands = run(script, tmp_path)
     assert status == 0, printed
     named = [word for command in commands for word in command if word.startswith("tests/") and word.endswith(".py")]
@@ -62,7 +62,7 @@ def test_every_command_is_one(script, tmp_path):
         path, _, function = name.partition("::")
         assert (ROOT / path).is_file(), name
         assert not function or re.search(rf"^def {function}\(", (ROOT / path).read_text(), re.MULTILINE), name
-    # Also those that python3 runs with a setting of its own.
+    # This includes commands that python3 runs with a setting of its own.
     benchmarks = [["gossamer", *command[command.index("bench") :]] for command in commands if "bench" in command]
     assert len(benchmarks) >= 8
     for command in benchmarks:

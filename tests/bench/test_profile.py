@@ -1,4 +1,4 @@
-"""The profiler: costs that are exact, times that add up, traces, memory, and what it says where something is wrong."""
+"""The profiler: exact costs, times that add up, traces, memory, and its errors."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_device_kernels_are_put_under_the_operators_that_launched_them():
     assert (up.fraction, up.bound) == (pytest.approx(0.5), "compute")
     assert by_name["memcpy"].flops is None and by_name["memcpy"].bytes is None
     assert by_name["SomeFunction"].flops is None
-    # Recorded twice and profiled once: whose cost it is cannot be told.
+    # A call that was recorded twice and profiled once: its cost cannot be attributed.
     assert by_name["aten::mm"].flops is None
     assert by_name["no kernel running"].seconds == pytest.approx((1000 - 450 - 200 - 10) * 1e-6)
     assert launches(rows, "ours", torch.device("cuda")) == 5
@@ -220,7 +220,7 @@ def test_native_stages_are_recorded_only_when_asked_and_change_no_bit():
         assert torch.equal(gossamer.expert_mlp(x, gate_up, down, routing, weights), plain)
     stages = recording.stages["expert_mlp"]
     assert {"pack", "gate_up", "activation", "down", "combine", "wait"} <= stages.keys()
-    # Nothing is saved for a backward pass that nobody will run.
+    # Nothing is saved, since no backward pass will run.
     assert "save" not in stages
     assert all(seconds >= 0 and pieces > 0 for seconds, pieces in stages.values())
     taken, given = recording.memory

@@ -50,7 +50,7 @@ def fake(run=None, **change):
 
 
 def test_only_a_gap_wider_than_the_spread_is_a_difference():
-    """Seeds that do not overlap may still be near; and two seeds say nothing."""
+    """Ranges that do not overlap may still be too near each other, and two seeds decide nothing."""
     chosen = fake()
     record = study.run(chosen, chosen.cases())
     found = {case["name"]: study.verdict(record, case) for case in record["cases"]}
@@ -77,7 +77,7 @@ def test_table_and_notes():
 
 
 def test_runs_seed_after_seed_and_keeps_what_is_there():
-    """What is stored grows run by run; what cannot be made is left out; what ran before a stop is kept."""
+    """The record grows run by run; cases that cannot be built are left out; an interrupted study keeps its runs."""
     order, sizes, progress = [], [], []
 
     def run(name, seed, settings, report):
@@ -163,7 +163,7 @@ def test_every_case_trains_within_the_budget(name, small_text):
 
 @pytest.mark.parametrize("name", list(expert_compression.CASES))
 def test_every_compression_has_its_share(name, small_text, monkeypatch):
-    """Fewer parameters in every case, no more than the bases', and matrices nearer than none."""
+    """Every case has fewer parameters, at most as many as the bases, and nearer matrices than zeros would be."""
     monkeypatch.setattr(expert_compression, "corpus", routers.corpus)
     expert_compression.trained.cache_clear()
     sizes = byte_lm.Sizes(1, 32, 2, 16, 8, 2, 16)

@@ -55,7 +55,7 @@ def test_choice_without_a_table(arch, asked, tile):
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 103, 120])
 def test_every_choice_fits_its_architecture(arch):
-    """No heuristic asks for more shared memory than a program may have, on consumer cards too."""
+    """No heuristic asks for more shared memory than a program may have, even on consumer cards."""
     for kernel, forms in FORMS.items():
         for form in forms:
             for precision in ("bf16", "fp32"):

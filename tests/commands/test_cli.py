@@ -134,7 +134,7 @@ def test_sweep_compare_and_every_kind_of_file(invoke, tmp_path):
     assert first.exit_code == 0, first.output
     record = json.loads(earlier.read_text())
     assert record["sweep"] == {"dimension": "tokens", "symbol": "T", "values": [64, 128]}
-    # As if measured elsewhere, and a thousand times as fast.
+    # An earlier run that looks as if it was measured elsewhere, and a thousand times as fast.
     record["environment"]["cpu"] = "Another Processor"
     for case in record["cases"]:
         for variant in case["variants"]:
@@ -195,7 +195,7 @@ def test_missing_extra_is_one_line_and_no_traceback(missing):
 
 @pytest.mark.parametrize(("options", "status"), [((), 2), (("--fail-below", "0.5"), 3)])
 def test_what_memory_cannot_hold_is_left_out(invoke, tmp_path, options, status):
-    """A size too large ends neither a sweep nor what was measured before it; alone it is not a success."""
+    """A size that is too large does not end a sweep, and earlier results are kept; on its own it is a failure."""
     stored = tmp_path / "sweep.json"
     common = ("bench", "dispatch", "--direction", "forward", "--device", "cpu", "--quick")
     result = invoke(*common, "--shape", "64,8,2", "--sweep", f"tokens=64,{10**15}", "--json", str(stored))
@@ -207,7 +207,7 @@ def test_what_memory_cannot_hold_is_left_out(invoke, tmp_path, options, status):
 
 
 def test_files_are_written_though_nobody_reads_the_table(tmp_path):
-    """The first line is read and the pipe closed, as by head."""
+    """The reader takes the first line and closes the pipe, as head does."""
     stored = tmp_path / "moe.json"
     command = [
         sys.executable,

@@ -48,7 +48,7 @@ def test_it_names_commit_instructions_and_threads():
 
 @pytest.mark.skipif(_backend.native_unavailable() is not None, reason="there are no native kernels")
 def test_a_build_that_lacks_the_best_instruction_set_says_so(monkeypatch):
-    """In one warning, when it is imported, and in what this prints."""
+    """It says so in one warning when it is imported, and in what ``gossamer info`` prints."""
     from gossamer import _C
 
     assert _C.isa() in _C.compiled_isas and "generic" in _C.compiled_isas

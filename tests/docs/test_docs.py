@@ -19,7 +19,7 @@ FENCES = {path: len(re.findall(r"^ *```[ \t]*(?:python|py)\b", path.read_text(),
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if FENCES[path]], ids=lambda path: path.stem)
 def test_python_blocks_run(path, tmp_path, monkeypatch):
-    """All blocks of a page, each after the ones before it."""
+    """Run all blocks of a page in order, in one namespace."""
     monkeypatch.chdir(tmp_path)  # a block may write a file beside it
     assert len(BLOCKS[path]) == FENCES[path]
     names: dict = {}

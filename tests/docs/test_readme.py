@@ -109,7 +109,7 @@ def test_the_table_of_compressed_tables():
 
 @pytest.mark.parametrize("document", readme.DOCUMENTS)
 def test_measured_tables_are_those_of_the_results(document):
-    """What ``python -m gossamer.bench.harness.readme`` would write is what is there."""
+    """The documents hold exactly what ``python -m gossamer.bench.harness.readme`` would write."""
     text = (ROOT / document).read_text()
     assert readme.MARKED.search(text)
     assert readme.rendered(text, ROOT) == text
@@ -143,7 +143,7 @@ def test_a_table_out_of_date_is_found_and_rewritten(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_results_say_where_they_come_from(path):
-    """Commit, device and versions of every stored run."""
+    """Every stored run names its commit, device and versions."""
     stored = json.loads(path.read_text())
     found = stored.get("environment", stored)
     assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", found["commit"]), "no commit"

@@ -130,7 +130,7 @@ def test_learning_ids_pays_and_collisions_cost(example, device):
 
 
 def test_the_memory_of_a_table_is_counted(example, device):
-    """The bytes that the arrays of table and filter really have, but for what fills their last bucket up."""
+    """The count equals the bytes of the table's and the filter's arrays, up to the slots that fill the last bucket."""
     made, _ = trainer(example, "unused", device, capacity=12_000)
     for table in made.dynamic.values():
         storages = (table.table._storage, table._filter.seen._storage)
@@ -274,7 +274,7 @@ def test_a_run_with_a_server_beside_it_and_all_kinds_of_tables(example, tmp_path
     for name in ("auc.png", "tables.png"):
         head = (tmp_path / name).read_bytes()[:24]
         assert head[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", head[16:24])) > 500
-    # Finished runs are shown again, not trained again; and other settings do not go on with them.
+    # A finished run is shown again, not trained again, and cannot be continued with other settings.
     before = (tmp_path / "dynamic" / "manifest.json").read_bytes()
     assert example.online_ctr.main(arguments(tmp_path, "--device", device, steps=40)) == 0
     assert (tmp_path / "dynamic" / "manifest.json").read_bytes() == before
@@ -284,7 +284,7 @@ def test_a_run_with_a_server_beside_it_and_all_kinds_of_tables(example, tmp_path
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_have_the_curve_of_one(example, tmp_path):
-    """Sharded over the processes of torchrun, followed by a server, and gone on with by one process."""
+    """A run is sharded over the processes of torchrun, followed by a server, and continued by one process."""
     settings = {"steps": 30, "capacity": 4000, "checkpoint_every": 10}
     assert example.online_ctr.main(arguments(tmp_path / "one", **settings | {"steps": 35})) == 0
 

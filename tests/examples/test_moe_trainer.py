@@ -45,7 +45,7 @@ def test_a_resumed_run_ends_where_one_at_a_stretch_does(finished):
     assert list(mended["losses"]) == list(whole["losses"])
     assert mended["losses"] == whole["losses"]
     assert mended["largest difference"] == 0.0
-    # What the callback is for: the Trainer alone goes on with other experts.
+    # Without the callback the Trainer goes on with other experts.
     assert alone["largest difference"] > 1e-2 and alone["losses"]["4"] != whole["losses"]["4"]
 
 

@@ -96,7 +96,7 @@ OTHERS = (None, -1, 0, 2**31, 2**63, 1.5, float("nan"), True, "text", [1], (16, 
 
 
 def spoil(rng: random.Random, value: object) -> tuple[object, str]:
-    """Another value in place of one, and the name of the field that it was put into, ``""`` for the value itself."""
+    """A spoilt version of a value, and the name of the field that was changed, ``""`` if it is the value itself."""
     if isinstance(value, torch.Tensor):
         try:
             return rng.choice(SPOILED)(rng, value), ""
@@ -195,7 +195,7 @@ def different(ours: object, theirs: object, args: object = ()) -> str | None:
 
 
 def differs(ours: torch.Tensor, theirs: torch.Tensor, largest: float, coarsest: float, grain: float) -> str | None:
-    """How two tensors differ.
+    """How two tensors differ, or None if they agree.
 
     Args:
         ours: what was computed.
@@ -267,7 +267,7 @@ def leaves_of(args: dict) -> list[torch.Tensor]:
 
 
 def gradients(result: object, args: dict) -> list[torch.Tensor]:
-    """Of every leaf among the arguments, for a loss that weighs the outputs' elements differently."""
+    """The gradients of every leaf among the arguments, for a loss that weighs the outputs' elements differently."""
     outputs = [t for t in tensors_of(result) if t.requires_grad]
     leaves = leaves_of(args)
     if not outputs or not leaves:

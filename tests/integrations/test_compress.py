@@ -52,7 +52,7 @@ COARSE = {"quantized", "deduplicated"}
 
 
 class TwoFields(nn.Module):
-    """Fields so large that a row, a rank or a codeword is far less than a hundredth of a tenth of their bytes."""
+    """Fields so large that a row, a rank or a codeword is far below 1% of a budget of a tenth of their bytes."""
 
     def __init__(self):
         super().__init__()
@@ -273,7 +273,7 @@ def test_unknown_options_are_named():
 
 @pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how.from_table is not None])
 def test_rows_that_are_not_finite_are_refused(method):
-    """Where rows start the table; by the model's path, and by the table as weight."""
+    """Methods that start from trained rows refuse them, by the model's path or by the table's argument ``weight``."""
     model = TwoFields()
     with torch.no_grad():
         model.goods.weight[7, 3] = torch.nan
@@ -285,7 +285,7 @@ def test_rows_that_are_not_finite_are_refused(method):
 
 
 def test_a_budget_missed_by_a_hair_names_one_that_is_enough():
-    """Not one that rounds to what was given, nor far more."""
+    """The named budget is neither one that rounds to the given one nor far larger."""
 
     def named(budget):
         with pytest.raises(ValueError, match="budget must be at least") as caught:
@@ -451,7 +451,7 @@ class EmbeddingBagCollection(nn.Module):
 
 
 def test_collections_of_torchrec(device):
-    """Their bags are called by keywords of torch.nn.EmbeddingBag, which what takes their place has."""
+    """Collections call their bags by keywords of torch.nn.EmbeddingBag, which the compressed tables accept too."""
     model = nn.Sequential(EmbeddingBagCollection(users=500, goods=800)).to(device)
     ids, offsets = torch.tensor([3, 9, 3], device=device), torch.tensor([0, 1, 3], device=device)
     features = {name: Jagged(ids, offsets) for name in ("users", "goods")}

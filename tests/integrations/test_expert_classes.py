@@ -1,4 +1,4 @@
-"""Expert classes of transformers that ask for no experts implementation, in whole models against the originals."""
+"""Expert classes of transformers that do not use an experts implementation, in whole models against the originals."""
 
 import copy
 import importlib.util
@@ -114,7 +114,7 @@ def logits_and_gradients(model, ids, mask=None):
     return {"logits": out.logits.detach(), "loss": out.loss.detach()} | gradients
 
 
-# Their routing weights are float32 in a float64 model too, and so are the gradients of these.
+# The routing weights of these models, and their gradients, are float32 even in a float64 model.
 FLOAT32_WEIGHTS = {"longcat_flash"}
 
 
@@ -266,7 +266,7 @@ def test_longcat_with_more_slots_than_experts(device):
 
 
 def test_left_alone(device):
-    """Separate modules have no stack, a hook inside would not run, and a forward of one's own stays: all by name."""
+    """Layers made of separate modules, or with hooks inside, are left alone and listed with the reason."""
     config = transformers.SwitchTransformersConfig(
         vocab_size=40, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, num_experts=3, decoder_start_token_id=0
     )
@@ -286,7 +286,7 @@ def test_left_alone(device):
 
 
 def undecorated_classes():
-    """Folder and name of every class of experts that asks for no implementation, read from the sources."""
+    """Folder and name of every expert class that does not use an experts implementation, read from the sources."""
     decorated = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\n(?:@.*\n)*class (\w+)", re.MULTILINE)
     experts = re.compile(r"^class (\w*(?:Experts|ParallelExperts|NaiveMoe|CDMoE|MoA)\w*)\(", re.MULTILINE)
     for path in sorted(MODELS.glob("*/modeling_*.py")):

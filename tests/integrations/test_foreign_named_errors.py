@@ -39,7 +39,7 @@ SCATTERED = {
 
 @pytest.mark.parametrize("name", SCATTERED)
 def test_scattermoe_names_its_own_arguments(name):
-    """Not those of the product that it calls."""
+    """Errors do not name the arguments of the product that it calls."""
     change, error, message = SCATTERED[name]
     with pytest.raises(error, match=message):
         _scattered(**{name: change})
@@ -47,7 +47,7 @@ def test_scattermoe_names_its_own_arguments(name):
 
 @pytest.mark.parametrize("kind", [scattermoe.MLP, scattermoe.GLUMLP])
 def test_layers_of_scattermoe_name_their_own_arguments(kind):
-    """Not those of the products inside them."""
+    """Errors do not name the arguments of the products inside the layers."""
     layer, x, gates, ids = kind(3, 4, 2, 1, activation=torch.nn.SiLU()), torch.ones(2, 3), torch.ones(2, 1), CHOSEN
     for given, error, message in (
         ((None, gates, ids), TypeError, "x must be a torch.Tensor, got NoneType"),
@@ -98,7 +98,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_of_others_name_their_own_arguments(name):
-    """The functions that both libraries call kernels or operators."""
+    """The functions that either library calls kernels or operators name their own arguments."""
     call, message = KERNELS[name]
     with pytest.raises((TypeError, ValueError, IndexError), match=message):
         call()
@@ -121,7 +121,7 @@ def test_layers_of_megablocks_name_their_own_arguments():
 
 
 def test_scattermoe_with_gates_of_no_slots():
-    """No tokens, and tokens without slots: zeros."""
+    """Without tokens, or with tokens that have no slots, the result is zeros."""
     empty = torch.zeros(0, dtype=torch.int64)
     weights, offsets = torch.ones(2, 3, 5), torch.zeros(2, dtype=torch.int64)
     for tokens, slots in ((0, 2), (4, 0)):

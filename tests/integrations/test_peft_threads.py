@@ -69,7 +69,7 @@ def test_every_thread_gets_its_own_rows(device):
 
 
 def test_names_end_with_their_call(device):
-    """Also where it raises, and inside another block."""
+    """Names end with their call even if it raises, and inside another block."""
     model = replaced(device)
     ids = tokens(device, rows=2)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_names_end_with_their_call(device):
 
 
 def test_modules_that_peft_computes_refuse_overlap(device):
-    """PEFT gives them the names by hooks on the modules, which calls of other threads would meet."""
+    """PEFT passes the names by hooks on the modules, which the calls of other threads would run into."""
     model = replaced(device, modules_to_save=["lm_head"])
     ids = tokens(device, rows=2)
     names = ["default", "__base__"]
@@ -121,7 +121,7 @@ def test_modules_that_peft_computes_refuse_overlap(device):
 
 
 def test_data_parallel_copies_are_refused(device):
-    """A copy has some rows of the batch, and would have all names."""
+    """A copy gets only some rows of the batch, but would get all names."""
     model = replaced(device)
     with mixed_adapters(model, ["wide", "default"]):
         with pytest.raises(ValueError, match=r"torch\.nn\.DataParallel cannot divide a batch that mixes adapters"):

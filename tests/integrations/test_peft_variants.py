@@ -78,7 +78,7 @@ def test_outputs_gradients_merging_and_files_are_pefts(variant, device, tmp_path
 
 
 def test_trained_tokens_stay_with_peft(device):
-    """Rows of the table that are trained whole have no low-rank form: refused by name, or left where they are."""
+    """Rows of the table that are trained whole have no low-rank form: an error names them, or PEFT keeps the layer."""
     model, _ = made({"trainable_token_indices": [3, 5]})
     model, ids = model.to(device), tokens(device, rows=2, length=5)
     with pytest.raises(ValueError, match=r"token_adapter \(lora\.TrainableTokensLayer\): there is no forward for it"):

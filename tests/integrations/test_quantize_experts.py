@@ -253,7 +253,7 @@ def test_own_layers_and_adapters_over_codes():
 
 @pytest.mark.parametrize(("held", "given"), [("int4", "mxfp4"), ("fp8", "int8"), ("int8", "fp8"), ("mxfp4", "int4")])
 def test_a_state_of_another_format_is_refused(held, given):
-    """Codes of one format are not numbers of another, though their buffers would take them."""
+    """Codes of one format mean other numbers in another, although torch would copy them into its buffers."""
     first, second = gossamer.nn.MoE(64, 64, 4, 2), gossamer.nn.MoE(64, 64, 4, 2)
     gossamer.quantize_experts(first, held)
     gossamer.quantize_experts(second, given)
@@ -294,7 +294,7 @@ def packed_checkpoint():
     ],
 )
 def test_checkpoints_that_are_not_read(change, message):
-    """The tensor is named, and the layer is as it was."""
+    """The error names the tensor, and the layer is unchanged."""
     moe = gossamer.nn.MoE(64, 32, 4, 2)
     with pytest.raises(ValueError, match=message):
         gossamer.load_quantized_experts(moe, packed_checkpoint() | change)
@@ -322,7 +322,7 @@ def test_what_is_not_finite_is_refused_before_anything_changes(value):
 
 
 def test_weights_are_checked_once(monkeypatch):
-    """Each is read for what is not finite before the first is quantised, and not again."""
+    """All weights are checked for NaN and infinity before the first is quantised, each of them once."""
     read = []
     finite = quantized_expert_weight.check_finite
     monkeypatch.setattr(quantized_expert_weight, "check_finite", lambda *args: (read.append(args[0]), finite(*args)))

@@ -124,7 +124,7 @@ def test_dequantised_models_are_float_models_again(tmp_path):
 
 
 def test_files_that_lack_experts_are_refused(tmp_path):
-    """Rather than given random ones."""
+    """The error is raised instead of leaving the experts with random weights."""
     model = make("qwen3_moe")
     gossamer.quantize_experts(model, "mxfp4")
     model.save_pretrained(tmp_path)

@@ -251,7 +251,7 @@ def served_with(make, target, tmp_path, device):
 
 
 def test_rows_that_no_request_owns_are_refused(tmp_path, device):
-    """Rather than given to one: positions that all requests share, and some tokens of a flattened batch."""
+    """Positions that all requests share, or some tokens of a flattened batch, are not silently given to one request."""
     names, x = ["a", "b", "a", "b"], torch.randn(4, 12, 8, device=device)
     served = served_with(Positions, "positions", tmp_path, device)
     with pytest.raises(ValueError, match=r"cannot be assigned to rows in a layer whose rows \(1, 12\)"):

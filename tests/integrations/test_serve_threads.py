@@ -196,13 +196,13 @@ def test_copies_serve_by_themselves(adapters, device):
         wanted = served(ids, adapters=["x", None]).logits
         for twin in (copy.deepcopy(served), pickle.loads(pickle.dumps(served))):
             assert torch.equal(twin(ids, adapters=["x", None]).logits, wanted)
-            served.model(ids)  # A call of the one is none of the other.
+            served.model(ids)  # A call of one model is not a call of the other.
             twin.close()
             assert torch.equal(served(ids, adapters=["x", None]).logits, wanted)
 
 
 def test_layers_are_not_computed_again_without_their_requests(adapters, device):
-    """Gradient checkpointing calls them in the backward pass, after the call: an error, not other gradients."""
+    """Gradient checkpointing recomputes them in the backward pass, after the call has ended, which raises an error."""
     base, folders = adapters
     served = gossamer.serve_adapters(copy.deepcopy(base).to(device), {"x": folders["adapter0"]})
     layer = served.model.model.layers[0].self_attn.q_proj

@@ -63,7 +63,7 @@ def test_what_one_adapter_refuses_changes_nothing(device):
 
 
 def test_parts_that_cannot_be_undone_keep_the_rest(device):
-    """Quantised experts have no floats to go back to; the embeddings beside them stay switched too."""
+    """Quantised experts have no float weights to restore, so the embeddings beside them stay switched too."""
     model = nn.ModuleDict({"table": nn.Embedding(8, 4), "experts": gossamer.nn.Experts(2, 32, 32)}).to(device)
     gossamer.replace(model, embeddings=True)
     gossamer.quantize_experts(model, "int8")
@@ -75,7 +75,7 @@ def test_parts_that_cannot_be_undone_keep_the_rest(device):
 
 
 def test_block_sparse_layers_become_dense_again(device):
-    """With the values that training left in their blocks, wherever the model holds the layer."""
+    """They keep the values that training left in their blocks, wherever the model holds the layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48, device=device), nn.ReLU(), nn.Linear(48, 32, bias=False, device=device))
     model.again = model[2]

@@ -234,7 +234,7 @@ def test_replace_and_restore_leave_the_state_alone(device):
 
 
 def test_copies_and_models_around_are_restored(device):
-    """And by themselves: the model that was copied stays as it is."""
+    """Restoring a copy leaves the model that was copied unchanged."""
     model = make_model("qwen3_moe", device)
     before = model.config._experts_implementation
     gossamer.replace(model)
@@ -250,7 +250,7 @@ def test_copies_and_models_around_are_restored(device):
 
 
 def test_a_forward_of_ones_own_is_left_alone(device):
-    """A subclass that computes something else asks for no implementation; one that calls its base's does."""
+    """A subclass with its own forward does not use the implementation; one whose forward calls its base's does."""
     base = transformers.models.mixtral.modeling_mixtral.MixtralExperts
 
     class Own(base):
