@@ -597,6 +597,19 @@ NUMBERS = {
         TypeError,
         r"dispatch\.offsets must be a torch\.Tensor, got list",
     ),
+    "a file of a table": (lambda: nn.DynamicEmbedding(2, 4).save(None), TypeError, "path must be a str or a path"),
+    "a file that is read": (lambda: nn.DynamicEmbedding(2, 4).load(1), TypeError, "path must be a str or a path"),
+    "a manifest": (lambda: nn.read_manifest(1.5), TypeError, "path must be a str or a path, got float"),
+    "embeddings of a model": (
+        lambda: gossamer.replace(torch.nn.Linear(2, 2), embeddings=PAIR),
+        TypeError,
+        "embeddings must be a bool, got Tensor",
+    ),
+    "numbers of an assertion": (
+        lambda: testing.assert_close(PAIR, PAIR, PAIR.to("meta")),
+        ValueError,
+        "baseline must hold values, got a tensor on meta",
+    ),
     "losses that are no mapping": (lambda: routing(losses=-1), TypeError, "losses must be a mapping of names"),
     "experts of groups elsewhere": (
         lambda: nn.LatentExperts(4, 4, 16, latent_size=2, group_size=2)(

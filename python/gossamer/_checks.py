@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -133,6 +134,12 @@ def check_dtype(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.dtype, got {type(value).__name__}")
     if value is not None and not value.is_floating_point:
         raise TypeError(f"{name} must be floating, got {value}")
+
+
+def check_path(name: str, value: object) -> None:
+    """``value`` must be a str or another path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a str or a path, got {type(value).__name__}")
 
 
 def check_device(name: str, value: object) -> None:

@@ -58,10 +58,12 @@ def assert_close(actual: torch.Tensor, truth: torch.Tensor, baseline: torch.Tens
 
     Raises:
         TypeError: an argument is not a tensor.
+        ValueError: a tensor is on the meta device.
         AssertionError: ``actual`` breaks the rule; the message gives all four errors.
     """
     for argument, tensor in (("actual", actual), ("truth", truth), ("baseline", baseline)):
         check_tensor(argument, tensor)
+        check_has_numbers(argument, tensor)
     if actual.dtype != baseline.dtype or actual.shape != truth.shape:
         raise AssertionError(
             f"{name}: {actual.dtype} {tuple(actual.shape)}, expected {baseline.dtype} {tuple(truth.shape)}"

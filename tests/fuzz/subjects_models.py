@@ -36,10 +36,13 @@ def converted(rng):
         before = model(ids)
         made = convert(model, **args)
         with torch.no_grad():
-            after = model(ids)
-        if any(isinstance(module, gossamer.nn.BlockSparseLinear) for module in model.modules()):
-            gossamer.restore(model)
-        return before.detach(), after, torch.tensor([made is not None])
+            after = [model(ids)]
+            if any(isinstance(module, gossamer.nn.BlockSparseLinear) for module in model.modules()):
+                gossamer.restore(model)
+            elif any(isinstance(module, gossamer.nn.Table) for module in model.modules()):
+                gossamer.freeze_embeddings(model)
+                after.append(model(ids))
+        return before.detach(), *after, torch.tensor([made is not None])
 
     call.fixed = ("convert", "ids")
     args = {"ids": ids(rng, rows, size(rng, 1), size(rng, 1, 4))}

@@ -8,6 +8,7 @@ import operator
 
 import torch
 
+from gossamer._checks import check_flags
 from gossamer.integrations import surgery
 from gossamer.integrations._report import Replacement
 from gossamer.integrations.compress import compress_embeddings
@@ -61,11 +62,12 @@ def replace(model: torch.nn.Module, *, embeddings: bool = False, strict: bool = 
 
     Raises:
         ImportError: transformers is not installed or older than 5.
-        TypeError: ``model`` is not a ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``, or a flag is no bool.
         ValueError: an adapter with an option that gossamer does not compute; under ``strict``, a module that cannot be
             switched (quantised experts, a LoRA layer over a convolution, a device or dtype without kernels), or
             nothing to switch at all.
     """
+    check_flags(embeddings=embeddings, strict=strict)
     adapters = [importlib.import_module("gossamer.integrations.embeddings")] if embeddings else []
     if isinstance(model, torch.nn.Module):
         loaded = (surgery.loaded_adapter(library, name) for library, name in _ADAPTERS)

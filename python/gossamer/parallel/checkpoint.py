@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from gossamer._checks import check_positive, check_sizes
+from gossamer._checks import check_path, check_positive, check_sizes
 from gossamer.nn.embeddings import files
 from gossamer.parallel.exchange import check_group, raise_together
 
@@ -50,8 +50,7 @@ def _from_first(group: dist.ProcessGroup, find) -> object:
 def _check_state(state: object, folder: object) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise TypeError(f"state must be a mapping of names to values, got {type(state).__name__}")
-    if not isinstance(folder, (str, os.PathLike)):
-        raise TypeError(f"folder must be a str or a path, got {type(folder).__name__}")
+    check_path("folder", folder)
 
 
 def save_checkpoint(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from gossamer._checks import check_positive, check_sizes
+from gossamer._checks import check_path, check_positive, check_sizes
 from gossamer.nn import DeltaGap, DynamicEmbedding, EmbeddingFolder, read_manifest
 from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.embedding_folder import CHECKPOINT, DELTA, Contents, digest
@@ -73,8 +73,7 @@ class ShardedEmbeddingFolder:
         keep: int = 2,
     ) -> None:
         check_positive(keep=keep)
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
+        check_path("path", path)
         if not isinstance(layers, Mapping):
             raise TypeError(f"layers must be a mapping, got {type(layers).__name__}")
         kinds = {type(layer) for layer in layers.values()}

@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from gossamer._checks import check_flag, check_has_numbers, check_positive, check_sizes, check_strided, check_tensor
+from gossamer._checks import (
+    check_flag,
+    check_has_numbers,
+    check_path,
+    check_positive,
+    check_sizes,
+    check_strided,
+    check_tensor,
+)
 from gossamer.nn.embeddings import files
 from gossamer.nn.embeddings.dynamic_embedding import DynamicEmbedding
 
@@ -79,8 +87,7 @@ class EmbeddingFolder:
     """
 
     def __init__(self, path: str | os.PathLike, layers: Mapping[str, DynamicEmbedding], *, keep: int = 2) -> None:
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"path must be a str or a path, got {type(path).__name__}")
+        check_path("path", path)
         if not isinstance(layers, Mapping):
             raise TypeError(f"layers must be a mapping, got {type(layers).__name__}")
         check_positive(keep=keep)
@@ -298,8 +305,10 @@ def read_manifest(path: str | os.PathLike) -> Manifest | None:
     """The manifest of an :class:`EmbeddingFolder`; None before the first checkpoint.
 
     Raises:
+        TypeError: ``path`` is not a path.
         ValueError: the file is not a manifest of this kind, or it is missing although the folder has checkpoints.
     """
+    check_path("path", path)
     path = Path(path) / _MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

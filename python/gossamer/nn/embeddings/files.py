@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from gossamer._checks import check_path
+
 
 def _need_safetensors() -> None:
     if importlib.util.find_spec("safetensors") is None:
@@ -48,6 +50,7 @@ def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path to write to; once the file is on disk, it replaces ``path``."""
+    check_path("path", path)
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -95,6 +98,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], d
     _need_safetensors()
     from safetensors import SafetensorError, safe_open
 
+    check_path("path", path)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
