@@ -137,7 +137,7 @@ def test_function_transforms_are_served_by_plain_torch(name):
 
 
 def test_forced_kernels_are_refused_under_function_transforms():
-    """They would give zeros for tangents."""
+    """The kernels would give zeros for tangents."""
     x = torch.randn(2, 4)
     with (
         gossamer.backend("native"),

@@ -84,7 +84,7 @@ def test_layers_register_no_operator():
 
 
 def test_integrations_import_each_other_one_way():
-    """Imports inside functions count: a circle that waits until a call is one."""
+    """Imports inside functions count: a cycle that closes only during a call is still a cycle."""
     edges = {}
     for importer, of, module, name, target in found():
         if of == target == "integrations":

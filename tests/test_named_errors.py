@@ -230,7 +230,7 @@ def test_the_error_names_its_argument(case):
 
 
 def test_capacity_may_pass_what_an_integer_holds():
-    """It is then no limit."""
+    """So large a capacity is no limit."""
     made = nn.limit_capacity(routing(), 1e300)
     assert torch.equal(made.expert_ids, routing().expert_ids)
 
@@ -642,7 +642,7 @@ def test_numbers_and_lists(name):
 
 @pytest.mark.parametrize("layer", [nn.DeltaNet, nn.GatedDeltaNet, nn.KimiDeltaAttention])
 def test_no_sequences(layer):
-    """A batch of none gives none, and zero gradients."""
+    """A batch without sequences gives no outputs, and zero gradients."""
     made = layer(8, 2, 4)
     y = made(torch.ones(0, 5, 8))
     y.sum().backward()
@@ -679,7 +679,7 @@ SPARSE = {
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_tensors(name):
-    """Are refused where numbers are read from them."""
+    """Sparse tensors are refused where numbers are read from them."""
     with pytest.raises(TypeError, match=rf"{name} must have the layout torch\.strided, got torch\.sparse_coo"):
         SPARSE[name]()
 

@@ -25,7 +25,7 @@ def test_each_rule_has_an_optimizer():
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: type(optimizer).__name__)
 def test_optimizers_give_the_numbers_of_their_rules(optimizer):
-    """No more and no fewer; and their states are the rule's, in its order."""
+    """They give exactly the rule's numbers, and have the rule's states in its order."""
     rule = optimizer.step_rule()
     assert set(optimizer._numbers()) == set(RULES[optimizer.rule].numbers) <= set(StepRule._fields)
     assert rule.name == optimizer.rule and rule.decay in DECAYS
@@ -36,7 +36,7 @@ def test_optimizers_give_the_numbers_of_their_rules(optimizer):
 
 
 def test_codes_of_checkpoints_stay():
-    """Checkpoints hold them."""
+    """Checkpoints store the codes, so none may change."""
     names = ["sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb", "ftrl"]
     assert list(RULES)[: len(names)] == names
     assert optim.FTRL(0.1).algorithm == 6 and optim.AdamW().algorithm == optim.Adam().algorithm == 3

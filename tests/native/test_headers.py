@@ -41,9 +41,9 @@ def begins_with(text: str) -> str | None:
 
 
 def test_each_header_compiles_by_itself():
-    """Once, and a second time in the same source, which its guard makes nothing of.
+    """A header compiles, and its guard makes a second inclusion in the same source harmless.
 
-    Another header that begins with it compiles it just so, and is compiled in its place.
+    A header that another one includes before any other code is compiled with that one, and not by itself.
     """
     texts = {str(path.relative_to(ROOT / "csrc")): path.read_text() for path in HEADERS}
     assert len(texts) > 60
@@ -68,7 +68,7 @@ def test_headers_that_begin_with_another():
 
 @pytest.mark.parametrize("part", sorted(path.stem for path in (ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp")))
 def test_only_kernels_come_after_a_target(part):
-    """Of an inline function that several instruction sets compile the linker keeps one: any processor must run it."""
+    """The linker keeps one copy of an inline function that several sets compile, so every processor must run it."""
     source = ROOT / "csrc" / "cpu" / "kernels" / f"{part}.cpp"
     command = [COMPILER, "-std=c++20", "-fopenmp", "-E", f"-I{ROOT / 'csrc'}", str(source)]
     done = subprocess.run(command, text=True, capture_output=True, check=True)

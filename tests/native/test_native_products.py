@@ -84,7 +84,7 @@ def test_weight_gradients_beyond_the_caches(isa, n, c, rows):
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_empty_sums_are_the_bias(isa, dtype, layout):
-    """Of no terms a product is its bias, for every group of rows and columns."""
+    """A product without terms is its bias, for every group of rows and columns."""
     weight = torch.zeros(2, 70, 0, dtype=dtype) if layout == "rows" else torch.zeros(2, 0, 70, dtype=dtype).mT
     bias = torch.randn(2, 70).to(dtype)
     dispatch = gossamer.dispatch(torch.arange(90).view(90, 1) % 2, 2)

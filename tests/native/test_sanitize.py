@@ -21,7 +21,7 @@ int main(int argc, char**) {
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_errors_end_a_program_that_it_compiled(tmp_path):
-    """Reads beyond an allocation and shifts beyond a number do, whatever optimisation the build asks for."""
+    """A read beyond an allocation, or a shift beyond a number's bits, ends a program at any optimisation level."""
     made = subprocess.run([ROOT / ".ci/sanitize", "--compiler"], capture_output=True, text=True, check=True)
     (tmp_path / "source.cpp").write_text(SOURCE)
     program = tmp_path / "program"

@@ -13,14 +13,14 @@ import gossamer
 from gossamer import nn, optim
 
 NAN = math.nan
-# By what an annotation begins with: values of other kinds.
+# The beginning of an annotation -> values of other kinds.
 FOREIGN = {
     "float": ([1.0], "1", NAN, True, (1.0, 2.0)),
     "int": ([1], "1", NAN, True, 1.5, -1),
     "Sequence[int]": (3, "12", [1.5], [True]),
     "Sequence[float]": (3, "12", [NAN, NAN], [True, True]),
 }
-# What may be negative.
+# Arguments that may be negative.
 SIGNED = ("padding_idx",)
 
 

@@ -73,7 +73,7 @@ def test_tracing_and_vmap_are_refused(make):
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, *(0 for _ in more)))
     with pytest.raises(RuntimeError, match=f"torch.func.vmap cannot map over {name}.*call torch.func.grad in a loop"):
         each(parameters, x, *more)
-    # What the sentence says: a loop over the samples, whose gradients add up to those of the batch.
+    # The error advises a loop over the samples, whose gradients add up to those of the batch.
     samples = [torch.func.grad(loss)(parameters, x[i], *(m[i] for m in more)) for i in range(5)]
     layer(x, *more).square().sum().backward()
     for key, parameter in layer.named_parameters():

@@ -1,7 +1,7 @@
 """Layers with no memory: what they make lies on their tensors' device, and no value is read on the host.
 
-A tensor of another device among theirs, or a value that is asked for, raises on the meta device as it would show on a
-GPU alone, in an error or a wait.
+On the meta device a tensor of another device, or a value read on the host, raises an error. Elsewhere only a GPU
+would show them, by an error or a wait.
 """
 
 import pytest

@@ -100,7 +100,7 @@ def test_any_layout_and_shape(kernel_backend, device, interleaved):
         assert out.shape == (*shape[:-1], shape[-1] // 2)
         out.sum().backward()
         assert empty.grad.shape == shape
-    # A gradient that is not a matrix of rows: of a sum, all of whose strides are 0.
+    # The gradient of a sum, all of whose strides are 0, is not a matrix of rows.
     leaves = [whole.clone().requires_grad_() for _ in range(2)]
     activate(leaves[0]).sum().backward()
     activate(leaves[1]).backward(torch.ones(6, 20, device=device))

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("gossamer._C"), rea
 # Block rows of each rectangle: fewer and more rows than are packed at a time, one block row, and none.
 HEIGHTS = (5, 1, 0, 40)
 COLUMNS = 8
-# Of the dimension that is not blocked, so that a rectangle is worth the threads' meeting, and so that none is.
+# Sizes of the dimension that is not blocked: at one, rectangles pay for the threads' barrier; at the other, none do.
 MANY, FEW = 300, 20
 
 
@@ -32,7 +32,7 @@ def rectangles(block=(16, 16), columns=COLUMNS, heights=HEIGHTS):
 
 
 def chosen(t, across, part=None):
-    """The rectangles that a product with a topology goes by."""
+    """The rectangles by which a product with a topology is computed."""
     from gossamer import _C
     from gossamer.cpu_kernels.block_sparse import _lists
 

@@ -43,7 +43,7 @@ def test_blocks(kernel_backend, device, block):
 @pytest.mark.parametrize("n", [0, 1, 48, 100])
 def test_sizes(kernel_backend, device, n):
     """No column, one, whole panels, and several tiles with a rest, of the dimension that is not blocked."""
-    # Many block rows: of few sums the largest error is luck.
+    # Many block rows, since the largest error of a few sums is a matter of luck.
     t = topology_of(device, (16, 32), grid=(7, 3))
     for product in PRODUCTS:
         check(*functions(product, t, backend=kernel_backend), make_inputs(product, t, n=n))

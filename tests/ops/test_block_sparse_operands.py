@@ -180,7 +180,7 @@ def test_named_rows_have_the_bits_of_rows_below_each_other(depth, index):
 
 
 def test_gradients_of_named_rows(device, kernel_backend):
-    """Those of the rows gathered before, whoever multiplies them."""
+    """Gradients equal those of rows gathered beforehand, whichever kernel multiplies them."""
     t = topology_of(device, (16, 16), grid=(3, 4))
     rows = named_rows(t, 5)
     inputs = make_inputs("sdd", t, n=9)
@@ -198,7 +198,7 @@ def test_gradients_of_named_rows(device, kernel_backend):
 
 @pytest.mark.skipif(not importlib.util.find_spec("gossamer._C"), reason="native kernels alone gather rows")
 def test_an_operator_with_named_rows_is_well_formed():
-    """And has no gradient."""
+    """The operator passes torch's checks, and has no gradient."""
     from gossamer.ops._block_sparse_operators import SampledProduct, sdd_operator, topology_lists
 
     t = topology_of("cpu", (16, 32), grid=(2, 2))

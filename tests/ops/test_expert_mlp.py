@@ -471,7 +471,7 @@ def test_gpu_tiles(kernel_backend, dtype, device, h, i, t):
 
 @pytest.mark.parametrize("retain_graph", [None, False, True])
 def test_a_recorded_backward_pass_says_that_it_has_no_derivative(device, retain_graph):
-    """Also where the graph is freed, and what was saved could be overwritten."""
+    """The error is the same if the graph is freed, so that saved tensors could be overwritten."""
     inputs = make_inputs(device)
     function, _ = functions(make_dispatch(T, E, K, device), backend="native" if device == "cpu" else "triton")
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}

@@ -216,7 +216,7 @@ def test_mixed_dtypes(kernel_backend, device):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_scale_beyond_the_dtype_overflows(device, quantized):
-    """To infinity, in fused kernels and in separate products."""
+    """The update overflows to infinity in fused kernels and in separate products alike."""
     gate_up, down = torch.ones(2, 8, 32, device=device), torch.ones(2, 32, 4, device=device)
     stacks = [gossamer.QuantizedExpertWeight.quantize(w, "int8") if quantized else w.half() for w in (gate_up, down)]
     ids, x = torch.tensor([[0], [1], [0]], device=device), torch.ones(3, 32, device=device).half()
@@ -227,7 +227,7 @@ def test_a_scale_beyond_the_dtype_overflows(device, quantized):
 
 
 def test_float32_factors_of_float64(device):
-    """On the CPU also beside float64 weights: their gradients are float64 sums, rounded once."""
+    """The CPU takes them beside float64 weights, too; their gradients are float64 sums, rounded once."""
     if device != "cpu":
         pytest.skip("float64 is computed on the CPU alone")
     inputs = {k: v if k in FACTORS else v.double() for k, v in make_inputs(device, **SMALL).items()}

@@ -280,7 +280,7 @@ def test_gradcheck(device, form):
 @pytest.mark.parametrize("sparse_grad", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_ids_outside_every_bag_may_be_anything(backend, sparse_grad):
-    """Nobody reads them, nor checks them, nor their weights."""
+    """Neither these ids nor their weights are read or checked."""
     if reason := _backend.unavailable(backend, "cpu"):
         pytest.skip(reason)
     table, offsets = torch.randn(4, 2, requires_grad=True), torch.tensor([1, 2])

@@ -346,7 +346,7 @@ def test_first_values(dtype):
 
 
 def test_marks_beside_the_values(served, device):
-    """Arrays of the caller's are set where rows are, and nowhere for −1."""
+    """A caller's array is set at the given rows, and nowhere for row −1."""
     table = gossamer.HashTable(2, 100, device=device)
     rows = table.rows(torch.arange(40, device=device), insert=True)
     for dtype, value in ((torch.int64, 2**40), (torch.bool, True)):

@@ -30,7 +30,7 @@ def test_a_default_device_is_not_the_tables(backend):
 
 
 def test_a_gpu_without_cuda_kernels_is_named_at_once(monkeypatch):
-    """Not by the first call, from within plain Python that reads the host's memory."""
+    """Making the table raises the error, instead of the first call, from plain Python that reads the host's memory."""
     monkeypatch.setattr(_backend, "cuda_kernels_unavailable", lambda: "gossamer was built without CUDA sources")
     with pytest.raises(ValueError, match="on cuda needs gossamer's CUDA kernels: gossamer was built without"):
         gossamer.HashTable(2, 10, device="cuda")

@@ -180,7 +180,7 @@ def test_float32_factors(kernel_backend, dtype, device):
 
 
 def test_float32_factors_of_float64(device):
-    """On the CPU also beside float64 activations: their gradients are float64 sums, rounded once."""
+    """The CPU takes them beside float64 activations, too; their gradients are float64 sums, rounded once."""
     if device != "cpu":
         pytest.skip("float64 is computed on the CPU alone")
     inputs = make_inputs(device, torch.float64, factor_dtype=torch.float32)
@@ -310,7 +310,7 @@ def test_quantized_rows_do_not_depend_on_their_neighbours(isa, dtype, kind):
 
 
 def test_quantized_in_float64(device):
-    """On the CPU also beside float64 activations."""
+    """The CPU takes quantised weights beside float64 activations, too."""
     weight = quantized_weights(6, 10)["nf4"]
     inputs = {k: v.double() for k, v in make_inputs("cpu", n=6, c=10, r=2).items() if k != "weight"}
     function, reference = functions("native", weight)
@@ -452,7 +452,7 @@ BAD = {
 
 
 def test_no_gradient_from_behind(kernel_backend, device):
-    """Where what follows gives none, there is none to give on."""
+    """If what follows passes no gradient back, the operator passes none on."""
 
     class Nothing(torch.autograd.Function):
         @staticmethod
@@ -470,7 +470,7 @@ def test_no_gradient_from_behind(kernel_backend, device):
 
 
 def test_a_scale_in_a_tensor_is_its_number(any_backend, device):
-    """One that lies on the CPU, as settings of a model may."""
+    """A scale may be a tensor on the CPU, as a model's settings may be."""
     x, weight, a, b = (torch.randn(shape, device=device) for shape in ((5, 6), (7, 6), (2, 6), (7, 2)))
     with gossamer.backend(any_backend):
         expected = gossamer.low_rank_linear(x, weight, a, b, scale=0.5)

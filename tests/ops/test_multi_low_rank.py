@@ -214,7 +214,7 @@ def test_float32_factors(kernel_backend, device):
 
 
 def test_float32_factors_of_float64(device):
-    """On the CPU also beside float64 rows: their gradients are float64 sums, rounded once."""
+    """The CPU takes them beside float64 rows, too; their gradients are float64 sums, rounded once."""
     if device != "cpu":
         pytest.skip("float64 is computed on the CPU alone")
     inputs = {k: v if k in ("a", "b") else v.double() for k, v in make_inputs(device).items()}

@@ -169,7 +169,7 @@ def test_errors_of_a_stack(arguments, error, message):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_what_is_not_finite_is_refused(weight_format, value, device):
-    """It would become the scale of every value beside it."""
+    """Such a value would become the scale of every value beside it."""
     weight = torch.ones(2, 128, 256, device=device)
     weight[1, 0, :3] = value
     with pytest.raises(ValueError, match="weight must hold finite values, got 3 of 65,536 that are NaN or infinite"):

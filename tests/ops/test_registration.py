@@ -46,7 +46,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def direct(monkeypatch):
-    """Of each call of an operator, whether it went without the dispatcher."""
+    """For each call of an operator, whether it bypassed the dispatcher."""
     plain = []
     is_plain = _registration.is_plain
     for module in (_registration, _records):
@@ -93,7 +93,7 @@ def test_other_tensors_go_through_the_dispatcher(direct):
 
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, Operators], ids=["direct", "dispatched"])
 def test_results_may_be_changed_in_place(kernel_backend, device, mode):
-    """Those too that are views of a kernel's own memory: native ones of two MiB and more, and rows of a table."""
+    """Even views of a kernel's own memory may be: native results of two MiB and more, and rows of a table."""
     x = torch.randn(1024 if kernel_backend == "native" else 4, 1024, device=device, requires_grad=True)
     index = torch.tensor([[1, 0], [3, 1]], device=device)
     with gossamer.backend(kernel_backend), mode():
@@ -116,7 +116,7 @@ def test_tensors_whose_memory_does_not_hold_their_values(direct, make):
 
 
 def test_a_second_derivative_that_there_is_not_is_refused(kernel_backend, device):
-    """Not left out with a warning, as torch does; nor through the dispatcher."""
+    """It is not dropped with a warning, as torch does, neither with nor without the dispatcher."""
     x, w, a, b = (torch.randn(4, 4, device=device, requires_grad=True) for _ in range(4))
     with gossamer.backend(kernel_backend):
         for mode in (contextlib.nullcontext, Operators):

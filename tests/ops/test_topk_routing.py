@@ -73,7 +73,7 @@ def test_broken_logits_never_give_bad_ids(kernel_backend, device, sigmoid):
 
 
 def test_ties_go_to_the_lowest_expert_and_no_token_is_fine(any_backend, device):
-    """And to the first group, whatever computes them."""
+    """Ties among groups go to the first one, on every backend."""
     with gossamer.backend(any_backend):
         for num_experts in (6, 40):
             routed = softmax_topk(torch.zeros(2, num_experts, device=device), 3)

@@ -72,7 +72,7 @@ def test_tolerance_that_a_budget_needs():
 
 
 def test_budget_of_a_trained_table():
-    """Merging ends where the budget is met, and says what it can where it never is."""
+    """Merging ends once the budget is met; if it cannot be met, an error names the smallest one that can."""
     _, weight = planted()
     half = weight.numel() * 4 // 2
     table = DeduplicatedEmbedding.from_table(weight, block_rows=8, nbytes=half)

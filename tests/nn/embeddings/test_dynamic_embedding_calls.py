@@ -71,7 +71,7 @@ def test_an_initializer_that_fails_once(device):
 
 
 def test_a_second_backward_takes_no_second_step(device):
-    """As with tables of fixed size."""
+    """As with tables of fixed size, it raises an error and changes no row."""
     layer = DynamicEmbedding(4, 10, optimizer=optim.SGD(lr=1.0), device=device)
     ids = torch.tensor([[1]], device=device)
     out = layer(ids).sum()

@@ -463,7 +463,7 @@ def test_a_state_may_be_assigned_to_a_layer_without_memory():
 
 @pytest.mark.parametrize("how", ["parametrization", "pruning"])
 def test_a_table_that_is_computed_anew_takes_no_step(how):
-    """Its step would be of what the forward pass made of the parameter, which nobody keeps."""
+    """Its step would change what the forward pass computed from the parameter, which is discarded afterwards."""
     layer = gossamer.nn.EmbeddingBag(10, 4, mode="sum", optimizer=gossamer.optim.SGD(lr=1.0))
     if how == "pruning":
         prune.random_unstructured(layer, "weight", 0.5)

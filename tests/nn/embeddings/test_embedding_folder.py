@@ -187,7 +187,7 @@ def test_a_broken_delta_changes_no_layer(device, tmp_path):
 
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_a_save_that_stops_half_way_leaves_the_one_before(device, tmp_path, monkeypatch, fails_at):
-    """Whether in the checkpoint or, after it, in the manifest."""
+    """The save stops while it writes the checkpoint or, after that, the manifest."""
     layers = make(device)
     folder = EmbeddingFolder(tmp_path, layers)
     train(layers, 0, 3, device)
@@ -242,7 +242,7 @@ def test_bad_arguments_and_manifests(device, tmp_path):
 
 
 def test_a_corrupt_newest_checkpoint_points_to_the_one_before(device, tmp_path):
-    """Which can be loaded, trained from and saved over; the corrupt one is dropped then."""
+    """The one before can be loaded, trained from and saved over, which drops the corrupt one."""
     layers = make(device)
     folder = EmbeddingFolder(tmp_path, layers)
     train(layers, 0, 3, device)

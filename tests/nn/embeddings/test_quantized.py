@@ -30,7 +30,7 @@ class TestQuantized(
     )
 ):
     def test_gradients(self, make, device):
-        """Codes have none; weights of bags get theirs."""
+        """Codes get no gradient; the weights of bags get theirs."""
         table = self.make(make, device)
         if table.mode != "sum":
             return

@@ -237,7 +237,7 @@ BUDGETED = {
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.15])
 @pytest.mark.parametrize(("kind", "options"), BUDGETED.values(), ids=BUDGETED)
 def test_budgets_are_spent(kind, options, share):
-    """All but less than a hundredth of the bytes."""
+    """A table fills all but less than a hundredth of its budget."""
     if "path" in options.values() and share < 0.2:
         share = 0.3  # a network a class is never smaller
     table = kind.from_budget(5000, 8, int(share * DENSE), **options)
@@ -264,7 +264,7 @@ def test_bad_arguments(arguments, message):
 
 
 def test_two_hashes_tell_more_ids_apart():
-    """Of 1,000 ids one hash into 400 rows keeps 400 vectors apart, two into as many nearly all."""
+    """One hash of 1,000 ids into 400 rows gives 400 different vectors; two hashes give nearly 1,000."""
     ids = torch.arange(1000)
     assert len(HashEmbedding(1000, 4, 400).lookup(ids).unique(dim=0)) == 400
     assert len(DoubleHashEmbedding(1000, 4, 400, seed=1).lookup(ids).unique(dim=0)) > 980

@@ -287,7 +287,7 @@ def other_layer(device):
 
 @pytest.mark.parametrize("how", ["in place", "buffer", "average", "memory", "compiled"])
 def test_blocks_follow_a_mask_that_someone_else_wrote(device, how):
-    """As checkpoints that load in place, averages of weights and processes that send each other buffers do."""
+    """Checkpoints that load in place, averages of weights and buffers sent between processes all write to the mask."""
     if how == "compiled" and not EVALUATES_MODULES:
         pytest.skip("this torch's compiler cannot look")
     one, other = BlockSparseLinear(64, 64, density=0.5, block=16, device=device), other_layer(device)

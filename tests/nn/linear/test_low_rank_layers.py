@@ -395,7 +395,7 @@ def test_bad_arguments_are_named(call, error, message):
 
 @pytest.mark.parametrize("init", ["kaiming", "spectral"])
 def test_merging_under_autocast_sums_as_it_does_without(init):
-    """In float32, rounded once."""
+    """Either way, merging adds in float32 and rounds once."""
     torch.manual_seed(0)
     layer = LoRALinear(24, 16, 4, init=init)
     torch.nn.init.normal_(layer.lora_B)

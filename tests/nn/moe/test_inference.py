@@ -57,7 +57,7 @@ def inputs(tokens, dtype=torch.float32):
 
 
 def by_modules(moe, x):
-    """The layer's output where its routing is wanted too, which sends all through the modules."""
+    """The layer's output when its routing is requested too, so that the modules compute it."""
     return moe(x, return_routing=True)[0]
 
 
