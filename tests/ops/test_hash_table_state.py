@@ -38,7 +38,7 @@ def further(table, device, evict):
 
 
 def test_snapshot_is_a_copy(device):
-    """A table of 32-bit keys and 16-bit values is unchanged by writes to its snapshot, and restored from a copy of it."""
+    """Writes to a snapshot leave the table as it is, and a copy of one restores 32-bit keys and 16-bit values."""
     table = gossamer.HashTable(2, 100, key_dtype=torch.int32, value_dtype=torch.bfloat16, device=device)
     keys = torch.arange(20, device=device, dtype=torch.int32)
     table.insert_or_assign(keys, torch.ones(20, 2, device=device, dtype=torch.bfloat16))
