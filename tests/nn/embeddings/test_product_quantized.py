@@ -5,9 +5,11 @@ import functools
 import pytest
 import torch
 from contracts import TrainedTableContract, assert_near
+from helpers import assert_same_bits, check, run
 
 import gossamer
 from gossamer.nn import ProductQuantizedEmbedding
+from gossamer.nn.embeddings import codeword_mixture
 from gossamer.nn.embeddings.codes import code_bits, pack_codes, packed_width
 from gossamer.ops.composed_rows import unpack_codes
 
@@ -109,6 +111,36 @@ def test_search_finds_the_best_scores(variant, parts):
         table.weight.data[7, 2] = entry
         scores = table._responses(table._pieces(table.weight), ids)
         assert torch.equal(table.choose(ids), scores.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixture(monkeypatch, dtype):
+    """Queries in several chunks, the last one shorter: gradients against float64, the same bits for any number of
+    threads.
+    """
+    monkeypatch.setattr(codeword_mixture, "_SCORES", 4 * 3 * 5)
+    inputs = {"pieces": torch.randn(14, 3, 2), "keys": torch.randn(3, 5, 2), "codewords": torch.randn(3, 5, 2)}
+    inputs = {name: value.to(dtype) for name, value in inputs.items()}
+    words = torch.randn(14, 3, 2, dtype=dtype)
+
+    def grafted(pieces, keys, codewords):
+        found = codeword_mixture.with_mixture_gradient(words, pieces, keys, codewords)
+        assert torch.equal(found, words)
+        return found - words.detach()
+
+    def plain(pieces, keys, codewords):
+        weights = torch.einsum("lpd,pkd->lpk", pieces, keys).softmax(-1)
+        found = torch.einsum("lpk,pkd->lpd", weights, codewords)
+        return found - found.detach()
+
+    check(grafted, plain, inputs)
+    dout, threads = torch.randn(14, 3, 2), torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(run(grafted, inputs, list(inputs), dout))
+    torch.set_num_threads(threads)
+    assert_same_bits(*results)
 
 
 def test_two_classes():

@@ -10,6 +10,7 @@ import torch
 from gossamer import _backend
 from gossamer._checks import check_index, check_number, check_positive, check_seed
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
+from gossamer.nn.embeddings.codeword_mixture import with_mixture_gradient
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.residual_quantizer import kmeans, sampled
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
@@ -180,14 +181,12 @@ class ProductQuantizedEmbedding(FusedTable):
         codes = torch.cat([found // self.num_codes, found % self.num_codes], 1)
         return codes.view(count, 2 * pairs)[:, :parts]
 
-    def _mixture(self, pieces: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """``Σ_k softmax_k(score)·V_k`` of each piece, ``(L, P, D/P)``."""
+    def _with_mixture_gradient(self, words: torch.Tensor, pieces: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """``words (L, P, D/P)`` with the gradient of ``Σ_k softmax_k(score)·V_k``."""
         if self.frequent is None and pieces.is_cpu and len(ids):
-            # Attention of the pieces to the keys, whose scores are not stored.
-            sides = (side.unsqueeze(0) for side in (pieces.transpose(0, 1), self.keys, self.codewords))
-            found = torch.nn.functional.scaled_dot_product_attention(*sides, scale=1.0)
-            return found.squeeze(0).transpose(0, 1)
-        return torch.einsum("lpk,pkd->lpd", self._responses(pieces, ids).softmax(-1), self.codewords)
+            return with_mixture_gradient(words, pieces, self.keys, self.codewords)
+        weights = self._responses(pieces, ids).softmax(-1)
+        return graft(words, torch.einsum("lpk,pkd->lpd", weights, self.codewords))
 
     def _words(self, codes: torch.Tensor) -> torch.Tensor:
         """The codewords ``(L, P, D/P)`` of ``codes (L, P)``."""
@@ -224,7 +223,7 @@ class ProductQuantizedEmbedding(FusedTable):
                 distance = (words - pieces.detach()).square().sum(-1).mean()
                 out = with_loss(out, self.regularization * distance)
         elif torch.is_grad_enabled():
-            out = graft(words.detach(), self._mixture(pieces, flat))
+            out = self._with_mixture_gradient(words.detach(), pieces, flat)
         else:
             out = words
         return out.reshape(*ids.shape, self.embedding_dim)
