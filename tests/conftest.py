@@ -52,6 +52,8 @@ if DEVICE == "cpu" and importlib.util.find_spec("triton"):
     interpreter.refuse_foreign_addresses()
     interpreter.patch_language_once()
     interpreter.combine_whole_slices()
+    interpreter.leave_out_unread_checks()
+    interpreter.make_types_once()
 
 
 def _dtypes(backend: str) -> list[torch.dtype]:
@@ -86,6 +88,11 @@ def pytest_collection_finish() -> None:
     """Keep what was imported and collected, a million objects, out of the garbage collections during tests."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let modules be freed when the interpreter ends."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)
