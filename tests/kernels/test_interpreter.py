@@ -42,3 +42,15 @@ def test_programs_run_in_any_order():
     x, y = torch.ones(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     _running_sum_kernel[(8, 8)](x, y)
     assert (y >= 1).all() and not torch.equal(y, torch.arange(1, 65, dtype=torch.int32))
+
+
+def test_types_that_are_kept_are_told_apart():
+    kinds = [tl.float32, tl.float16, *(tl.pointer_type(tl.float32, const=const) for const in (False, True))]
+    made = {(i, *shape): tl.block_type(kind, shape) for i, kind in enumerate(kinds) for shape in ([4, 8], [8, 4], [8])}
+    for (i, *shape), one in made.items():
+        assert (one.element_ty, list(one.shape), one.numel) == (kinds[i], shape, 32 if len(shape) == 2 else 8)
+        assert [key for key, other in made.items() if one == other] == [(i, *shape)]
+        assert tl.block_type(kinds[i], shape) == one
+    for _ in range(2):
+        with pytest.raises(ValueError, match="power of 2"):
+            tl.block_type(tl.float32, [3])

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
@@ -69,6 +70,52 @@ def patch_language_once() -> None:
             patched.clear()
 
     interpreter._patch_lang, GridExecutor.__call__ = patch_lang, call
+
+
+def leave_out_unread_checks() -> None:
+    """Do not compute whether integers overflow: outside of Triton's debug mode nothing reads the result.
+
+    The interpreter does so at each sum and product of integers, in seven operations on 64-bit blocks.
+    """
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, lhs, rhs, binary_op: None
+
+
+def make_types_once() -> None:
+    """Keep the types and shapes of blocks, which the interpreter makes anew for each result of an operation."""
+    init_block, init_tensor, numpy_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    types: dict[tuple, dict] = {}
+    shapes: dict[tuple, tuple] = {}
+    numpy_dtypes: dict[str, np.dtype] = {}
+
+    def block_type(self, element_ty, shape):
+        sizes = shape.values if isinstance(shape, tl.tuple) else shape
+        # Pointers differ in more than their names.
+        kind = element_ty.name, getattr(element_ty, "address_space", None), getattr(element_ty, "const", None)
+        key = (kind, *(getattr(size, "value", size) for size in sizes))
+        if key in types:
+            self.__dict__.update(types[key])
+        else:
+            init_block(self, element_ty, shape)
+            types[key] = dict(self.__dict__)
+
+    def tensor(self, handle, type):
+        key = tuple(type.shape) if type.is_block() else ()
+        if key in shapes:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.numel, self.shape = shapes[key]
+        else:
+            init_tensor(self, handle, type)
+            shapes[key] = self.numel, self.shape
+
+    def get_np_dtype(of):
+        of = of.element_ty if isinstance(of, tl.block_type) else of
+        if isinstance(of, tl.pointer_type):
+            return np.dtype(np.uint64)
+        if of.name not in numpy_dtypes:
+            numpy_dtypes[of.name] = numpy_dtype(of)
+        return numpy_dtypes[of.name]
+
+    tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = block_type, tensor, get_np_dtype
 
 
 def combine_whole_slices() -> None:
