@@ -218,6 +218,18 @@ void mark_present(const HashInsertArgs& a, int threads) {
   });
 }
 
+// write(slots[i]) for the positions [from, stop), except -1, which is looked for only if there is any.
+template <class F>
+void each_found(const int64_t* slots, int64_t from, int64_t stop, bool any_absent, const F& write) {
+  if (!any_absent) {
+    for (int64_t i = from; i < stop; ++i) write(slots[i]);
+    return;
+  }
+  for (int64_t i = from; i < stop; ++i) {
+    if (slots[i] >= 0) write(slots[i]);
+  }
+}
+
 // Processes the keys that are in the table, and marks their rows if `marks` is set; returns the positions of the others.
 Positions serve_present(const HashInsertArgs& a, bool marks, int threads) {
   Positions missing{Numbers(a.count)};
@@ -226,20 +238,29 @@ Positions serve_present(const HashInsertArgs& a, bool marks, int threads) {
   const HashFindArgs find{a.table, a.keys, a.results.slots, stamps(policy), marks ? a.marks : nullptr};
   parallel_team(threads, [&](Team team) {
     const auto [begin, end] = team.share(a.count);
-    int64_t next = begin;
+    const int64_t* const slots = a.results.slots;
+    uint8_t* __restrict const status = a.results.status;
+    int64_t *const scores = a.table.scores, stamp = a.batch.stamp, next = begin;
     for (int64_t from = begin; from < end; from += kServedAtOnce) {
       const int64_t stop = std::min(end, from + kServedAtOnce);
       kernels().tables.hash_find(find, from, stop);
+      int64_t least = 0;
       for (int64_t i = from; i < stop; ++i) {
-        const int64_t slot = a.results.slots[i];
-        a.results.status[i] = slot >= 0 ? kHit : kRefused;
-        if (slot < 0) {
-          missing.at[next++] = i;
-          continue;
-        }
-        if (stamps(policy)) set_shared(&a.table.scores[slot], a.batch.stamp);
+        least = std::min(least, slots[i]);
+        status[i] = slots[i] >= 0 ? kHit : kRefused;
+      }
+      if (stamps(policy)) {
+        each_found(slots, from, stop, least < 0, [&](int64_t slot) { set_shared(scores + slot, stamp); });
+      }
+      if (marks) {
         // Most often it is the same as in the last batch: a line that is only read need not be written back.
-        if (marks && __atomic_load_n(&a.marks[slot], __ATOMIC_RELAXED) != a.mark) set_shared(&a.marks[slot], a.mark);
+        each_found(slots, from, stop, least < 0, [&](int64_t slot) {
+          if (__atomic_load_n(a.marks + slot, __ATOMIC_RELAXED) != a.mark) set_shared(a.marks + slot, a.mark);
+        });
+      }
+      if (least >= 0) continue;
+      for (int64_t i = from; i < stop; ++i) {
+        if (slots[i] < 0) missing.at[next++] = i;
       }
     }
     found[team.thread] = {begin, next};
