@@ -141,7 +141,8 @@ struct ExpertMlpBuffers {
     x_c = arena.take<P>(panel_size(packed_depth<P>(a.hidden), chunk));
     x_few_size = panel_size(packed_depth<P>(a.hidden), kFewRows);
     x_few = arena.take<P>(num_threads * x_few_size);
-    act_few_size = panel_size(packed_depth<P>(a.inner), kFewRows);
+    // Products with quantised weights read up to a multiple of 128 values.
+    act_few_size = panel_size((packed_depth<P>(a.inner) + 127) / 128 * 128, kFewRows);
     together = a.updated() ? 0 : most_together(act_few_size * sizeof(P));
     act_few = arena.take<P>(together * act_few_size);
     act_c = arena.take<P>(panel_size(packed_depth<P>(a.inner), chunk));

@@ -388,7 +388,7 @@ class ExpertMlpBackward {
           return add(i, count);
         }
         clock.lap(Stage::kDx);
-        dx.add_rows(c, kGroup, count, own->rows, m, i);
+        dx.add_rows(c, kGroup, count, own->rows, m, false, i);
         if (i + count < h) fetch_sums(i + count, h);
         clock.lap(Stage::kCombine);
       };

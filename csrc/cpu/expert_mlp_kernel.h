@@ -76,19 +76,19 @@ struct TokenSums {
   void add(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T, Most>& rows, int64_t chunk, bool weighted,
            int64_t column) const {
     for_transposed(c, c_stride, columns, chunk, [&](int64_t i, int64_t offset, Vec<S> v, int valid) {
-      S* to = at(rows.token[i], column + offset);
-      const Vec<S> old = load_valid(to, valid);
-      store_valid(to, weighted ? old + v * rows.weight[i] : old + v, valid);
+      add_to(at(rows.token[i], column + offset), v, valid, weighted, rows.weight[i]);
     });
   }
 
-  // Adds rows of `columns` values, c_stride apart.
-  void add_rows(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T>& rows, int64_t chunk, int64_t column) const {
+  // The same of rows of `columns` values, c_stride apart.
+  template <int64_t Most>
+  void add_rows(const S* c, int64_t c_stride, int64_t columns, const ChunkRows<T, Most>& rows, int64_t chunk, bool weighted,
+                int64_t column) const {
     for (int64_t i = 0; i < chunk; ++i) {
       S* to = at(rows.token[i], column);
       for (int64_t j = 0; j < columns; j += kLanes<S>) {
         const int valid = static_cast<int>(std::min<int64_t>(kLanes<S>, columns - j));
-        store_valid(to + j, load_valid(to + j, valid) + load(c + i * c_stride + j), valid);
+        add_to(to + j, load(c + i * c_stride + j), valid, weighted, rows.weight[i]);
       }
     }
   }
@@ -104,6 +104,12 @@ struct TokenSums {
         }
       }
     }
+  }
+
+ private:
+  static inline __attribute__((always_inline)) void add_to(S* to, Vec<S> v, int valid, bool weighted, S weight) {
+    const Vec<S> old = load_valid(to, valid);
+    store_valid(to, weighted ? old + v * weight : old + v, valid);
   }
 };
 
@@ -153,6 +159,21 @@ void save_preactivation(const ExpertMlpArgs& a, const Chunk& chunk, int64_t firs
   }
 }
 
+// Gate and up of pairs of neighbouring values.
+template <class S>
+GOSSAMER_INLINE GateUp<S> parted(Vec<S> low, Vec<S> high) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) {
+    return GateUp<S>{__builtin_shufflevector(low, high, 2 * I...), __builtin_shufflevector(low, high, (2 * I + 1)...)};
+  }(std::make_integer_sequence<int, kLanes<S>>{});
+}
+
+template <class S>
+GOSSAMER_INLINE Vec<S> first_lanes(Vec<S> v, int count) {
+  S kept[kLanes<S>] = {};
+  std::memcpy(kept, &v, count * sizeof(S));
+  return load(kept);
+}
+
 // The activations of what preactivation() computed for columns first .. first+count, packed for products along them.
 template <class P, class S>
 void store_activation(const ExpertMlpArgs& a, const S* c, const S* up, int64_t step, const Panel<P>& act, int64_t first,
@@ -169,6 +190,57 @@ void store_activation(const ExpertMlpArgs& a, const S* c, const S* up, int64_t s
       }
     }
   });
+}
+
+// Values between the sums of two tokens where they are rows: gate and up of a group of columns.
+constexpr int64_t kTokenStride = 2 * kGroup;
+
+// preactivation() with tokens as rows: up rows lie kGroup values after gate rows, or alternate with them.
+template <class P, class S>
+void token_preactivation(const ExpertMlpArgs& a, const QuantizedMatrix& w, int64_t expert, const QuantizedOperand<P>& x,
+                         int64_t first, int64_t count, S* c) {
+  const auto part = [&](int64_t n, int64_t rows, S* to) {
+    token_rows_product(w, n, rows, x, to, kTokenStride);
+    add_bias(a.gate_up_bias, expert, n, rows, to, 1, x.panel.width, kTokenStride);
+  };
+  if (!a.activation.gated) return part(first, count, c);
+  if (a.activation.interleaved) return part(2 * first, 2 * count, c);
+  part(first, count, c);
+  part(a.inner + first, count, c + kGroup);
+}
+
+// The activations of `count` columns of what token_preactivation() computed, of all tokens for each index along the depth, `width`
+// values each.
+template <class P, class S>
+void store_token_activation(const ExpertMlpArgs& a, const S* c, int64_t tokens, P* to, int64_t width, int64_t count) {
+  constexpr int lanes = kLanes<S>, terms = kTerms<P>;
+  constexpr int64_t most = kGroup / terms;
+  const int64_t depth = (count + terms - 1) / terms;
+  alignas(64) P values[kFewQuantized][most];
+  visit_activation<S>(a.activation, [&](auto activation) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const S* from = c + t * kTokenStride;
+      for (int64_t j = 0; j < count; j += lanes) {
+        GateUp<S> in{load(from + j), load(from + j + (a.activation.gated ? kGroup : 0))};
+        if (a.activation.gated && a.activation.interleaved) in = parted<S>(load(from + 2 * j), load(from + 2 * j + lanes));
+        Vec<S> value = activation(in).value;
+        if (count - j < lanes) value = first_lanes<S>(value, static_cast<int>(count - j));
+        store_sums(reinterpret_cast<Term<P>*>(values[t]) + j, value);
+      }
+    }
+  });
+  if (width < kLanes<P>) {
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t t = 0; t < width; ++t) to[k * width + t] = t < tokens ? values[t][k] : P{};
+    }
+    return;
+  }
+  for (int64_t k = 0; k < depth; k += kLanes<P>) {
+    Vec<P> v[kLanes<P>];
+    for (int64_t t = 0; t < kLanes<P>; ++t) v[t] = t < tokens ? load(values[t] + k) : Vec<P>{};
+    transpose<P>(v);
+    for (int64_t i = 0; i < std::min<int64_t>(kLanes<P>, depth - k); ++i) store(to + (k + i) * width, v[i]);
+  }
 }
 
 // The layer with the weights that gate_up_of(expert) and down_of(expert) give.
@@ -240,6 +312,27 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     sums.add(c, c_stride, count, rows, m, true, h);
     clock.lap(Stage::kCombine);
   };
+  using GateUpWeight = std::decay_t<decltype(gate_up_of(0))>;
+  // add_inner() and add_output() with sums as rows of tokens. `to` takes `width` values for each index along the depth, up to `depth`
+  // with zeros at the end.
+  [[maybe_unused]] const auto add_token_inner = [&](const Chunk& chunk, const auto& gate_up, const auto& x, P* to, int64_t width,
+                                                    int64_t depth, int64_t i, int64_t end) {
+    token_preactivation(a, gate_up, chunk.expert, x, i, end - i, c);
+    clock.lap(Stage::kGateUp);
+    const int64_t last = packed_depth<P>(end);
+    store_token_activation(a, c, chunk.size(), to + i / kTerms<P> * width, width, end - i);
+    if (end == a.inner && last < depth) std::memset(static_cast<void*>(to + last * width), 0, (depth - last) * width * sizeof(P));
+    clock.lap(Stage::kActivation);
+  };
+  [[maybe_unused]] const auto add_token_output = [&](const Chunk& chunk, const auto& w, const auto& act, const auto& rows,
+                                                     int64_t h, int64_t end) {
+    const int64_t m = chunk.size(), count = end - h;
+    token_rows_product(w, h, count, act, c, kTokenStride);
+    add_bias(a.down_bias, chunk.expert, h, count, c, 1, m, kTokenStride);
+    clock.lap(Stage::kDown);
+    sums.add_rows(c, kTokenStride, count, rows, m, true, h);
+    clock.lap(Stage::kCombine);
+  };
   const auto alone = [&](const Chunk& chunk) {
     const int64_t m = chunk.size();
     const bool few = m <= kFewRows;
@@ -285,6 +378,12 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     const auto panel_of = [&](int64_t at) {
       return Panel<P>{buffers.act_few + at * buffers.act_few_size, packed_depth<P>(a.inner), few[at].size()};
     };
+    const auto sums_by_token = [&](int64_t at) { return kSumsByToken<P, GateUpWeight> && few[at].size() <= kFewQuantized; };
+    // Whether the second product reads a chunk's activations index by index; else it makes its operand of a panel.
+    [[maybe_unused]] const auto reads_values = [&](int64_t at) {
+      if constexpr (kSumsByToken<P, GateUpWeight>) return sums_by_token(at) && !down_of(0).weights->rounds_rows;
+      return false;
+    };
     const auto no_update = [&](int64_t at) { return Panel<P>{nullptr, 0, few[at].size()}; };
     for (int64_t at = 0; at < num_few; ++at) own->few[at].read(a, few[at]);
     // Chunks follow each other in whole units.
@@ -327,7 +426,16 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
       if (i >= end) return;
       take_rows(at);
       if (end == a.inner && at + 1 < num_few) fetch_gate_up(gate_up_of(few[at + 1].expert), 0, few[at + 1].size());
-      add_inner(few[at], gate_up_of(few[at].expert), x_operand, no_update(at), panel_of(at), i, end);
+      const auto gate_up = gate_up_of(few[at].expert);
+      const Panel<P> to = panel_of(at);
+      if constexpr (kSumsByToken<P, GateUpWeight>) {
+        if (sums_by_token(at)) {
+          const int64_t width = reads_values(at) ? operands.few_width(to.width) : kLanes<P>;
+          const int64_t depth = reads_values(at) ? operands.few_depth(a.inner) : to.depth;
+          return add_token_inner(few[at], gate_up, x_operand, to.data, width, depth, i, end);
+        }
+      }
+      add_inner(few[at], gate_up, x_operand, no_update(at), to, i, end);
     });
     // A thread computes several groups of an expert's columns at a time, since long runs are read faster.
     constexpr int64_t most = 4 * kGroup;
@@ -339,7 +447,13 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
     clock.lap(Stage::kWait);
     DownOperand act[kMostTogether];
     for (int64_t at = 0; at < num_few; ++at) {
-      if (at == num_memories) few_memory[num_memories++] = operand_memory<P>(a.inner, kFewRows, gate_up_of(0), down_of(0));
+      if constexpr (kSumsByToken<P, GateUpWeight>) {
+        if (reads_values(at)) {
+          act[at] = operands.operand_of_few(panel_of(at).data, a.inner, few[at].size());
+          continue;
+        }
+      }
+      while (at >= num_memories) few_memory[num_memories++] = operand_memory<P>(a.inner, kFewRows, gate_up_of(0), down_of(0));
       act[at] = few_memory[at].operand(down_of(few[at].expert), panel_of(at));
     }
     clock.lap(Stage::kPack);
@@ -350,7 +464,14 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
           for (int64_t at = 0; at < num_few; ++at) {
             const auto w = down_of(few[at].expert);
             for (int64_t h = begin; h < end; h += kGroup) {
-              add_output(few[at], w, act[at], no_update(at), own->few[at], h, std::min<int64_t>(end, h + kGroup));
+              const int64_t last = std::min<int64_t>(end, h + kGroup);
+              if constexpr (kSumsByToken<P, GateUpWeight>) {
+                if (sums_by_token(at)) {
+                  add_token_output(few[at], w, act[at], own->few[at], h, last);
+                  continue;
+                }
+              }
+              add_output(few[at], w, act[at], no_update(at), own->few[at], h, last);
             }
           }
         },

@@ -67,12 +67,14 @@ struct ThreadBuffers {
   static int64_t c_stride(int64_t chunk) { return ((chunk + kLanes<S> - 1) / kLanes<S> | 1) * kLanes<S>; }
 };
 
+// Adds a bias to sums whose rows are c_stride and whose tokens token_stride apart.
 template <class S>
-void add_bias(const FloatMatrix& bias, int64_t expert, int64_t n, int64_t count, S* c, int64_t c_stride, int64_t tokens) {
+void add_bias(const FloatMatrix& bias, int64_t expert, int64_t n, int64_t count, S* c, int64_t c_stride, int64_t tokens,
+              int64_t token_stride = 1) {
   if (!bias) return;
   for (int64_t i = 0; i < count; ++i) {
     const S value = static_cast<S>(bias.at(expert, n + i));
-    for (int64_t t = 0; t < tokens; ++t) c[i * c_stride + t] += value;
+    for (int64_t t = 0; t < tokens; ++t) c[i * c_stride + t * token_stride] += value;
   }
 }
 

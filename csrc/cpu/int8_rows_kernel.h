@@ -238,7 +238,8 @@ __attribute__((noinline)) void add_int8_step(const Int8Step<kCodeVectors<Tokens>
 }
 
 template <WeightFormat Format, int Tokens>
-void few_int8_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Int8Rows& x, float* c, int64_t c_stride) {
+void few_int8_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Int8Rows& x, float* c, int64_t c_stride,
+                      bool by_token) {
   constexpr int lanes = kCodes, bits = kCodeBits<Format>, vectors = kCodeVectors<Tokens>, height = vectors * lanes;
   constexpr int64_t columns = 256;
   const int64_t depth = w.depth();
@@ -255,13 +256,7 @@ void few_int8_product(const QuantizedMatrix& w, int64_t n, int64_t count, const 
            x.starts + group * x.stride, x.stride, rows.scales(k >> shift), last - k, int64_t{1} << x_shift, shift, k},
           total);
     }
-    for (int v = 0; v < vectors; ++v) {
-      Vec<float> out[lanes] = {};
-      for (int t = 0; t < Tokens; ++t) out[t] = total[v * Tokens + t];
-      transpose<float>(out);
-      const int64_t first = i + v * lanes;
-      for (int64_t r = 0; r < std::min<int64_t>(lanes, count - first); ++r) store(c + (first + r) * c_stride, out[r]);
-    }
+    store_totals<Tokens, vectors>(total, c, c_stride, i, count, by_token);
   }
 }
 
@@ -386,12 +381,12 @@ GOSSAMER_INLINE void visit_whole(WeightFormat format, F&& f) {
   f(std::integral_constant<WeightFormat, WeightFormat::kMxfp4>{});
 }
 
-// group_product() of rows in codes; few and many have the same bits.
+// group_product(), or by token token_rows_product(), of rows in codes; few and many have the same bits.
 inline void int8_group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Int8Rows& x, float* c,
-                               int64_t c_stride) {
+                               int64_t c_stride, bool by_token) {
   visit_whole(w.weights->format, [&](auto format) {
     if (x.few == 0) return many_int8_product<format>(w, n, count, x, c, c_stride);
-    with_few_tokens<kCodes>(x.few, [&](auto tokens) { few_int8_product<format, tokens>(w, n, count, x, c, c_stride); });
+    with_few_tokens<kCodes>(x.few, [&](auto tokens) { few_int8_product<format, tokens>(w, n, count, x, c, c_stride, by_token); });
   });
 }
 

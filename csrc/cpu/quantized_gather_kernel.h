@@ -173,6 +173,22 @@ class CodeRows {
   alignas(64) Vec<float> scales_[kRows];
 };
 
+// Stores total[vector][token] of the weight's rows from `first` on, of `count` in all, as c[row][token] or c[token][row].
+template <int Tokens, int Vectors, class S>
+GOSSAMER_INLINE void store_totals(const Vec<S>* total, S* c, int64_t c_stride, int64_t first, int64_t count, bool by_token) {
+  constexpr int lanes = kLanes<S>;
+  for (int v = 0; v < Vectors && first < count; ++v, first += lanes, total += Tokens) {
+    if (by_token) {
+      for (int t = 0; t < Tokens; ++t) store(c + t * c_stride + first, total[t]);
+      continue;
+    }
+    Vec<S> out[lanes] = {};
+    for (int t = 0; t < Tokens; ++t) out[t] = total[t];
+    transpose<S>(out);
+    for (int64_t r = 0; r < std::min<int64_t>(lanes, count - first); ++r) store(c + (first + r) * c_stride, out[r]);
+  }
+}
+
 // The scales of up to kGroup rows, for tiles of weights.
 class ScalesOfRows {
  public:

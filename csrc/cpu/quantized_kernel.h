@@ -63,7 +63,7 @@ class OperandMemory {
   OperandMemory() = default;
   // For products of at most `depth` with at most `tokens` tokens, some of which may round them.
   OperandMemory(int64_t depth, int64_t tokens, bool rounds)
-      : few_(allocate_scratch(kDecodesFew<P> ? padded(depth) * kFewQuantized * sizeof(P) : 0)),
+      : few_(allocate_scratch(kDecodesFew<P> ? few_depth(depth) * kFewQuantized * sizeof(P) : 0)),
         int8_(rounds ? Int8Memory(depth, tokens) : Int8Memory()) {}
 
   QuantizedOperand<P> operand(const QuantizedMatrix& w, const Panel<P>& panel) {
@@ -85,6 +85,18 @@ class OperandMemory {
     return panel;
   }
 
+  // The operand of tokens that already lie index by index along the depth, few_width() values each, up to few_depth() indices.
+  static QuantizedOperand<P> operand_of_few(const P* values, int64_t depth, int64_t tokens) {
+    return {Panel<P>{nullptr, packed_depth<P>(depth), tokens}, values};
+  }
+  static int64_t few_width(int64_t tokens) {
+    int64_t width = 1;
+    with_few_tokens<kFewQuantized>(tokens, [&](auto rounded) { width = rounded; });
+    return width;
+  }
+  // Whole words of codes are multiplied: values past the depth are zero.
+  static int64_t few_depth(int64_t depth) { return (packed_depth<P>(depth) + kDepth - 1) / kDepth * kDepth; }
+
   // Whether a product with so many tokens reads them as operand_of_rows() gives them, and needs no panel. More rows, which may share
   // a cache set, are transposed faster into a panel.
   static bool reads_rows(const QuantizedMatrix& w, int64_t tokens) {
@@ -101,9 +113,6 @@ class OperandMemory {
   }
 
  private:
-  // Whole words of codes are multiplied: values past the depth are zero.
-  static int64_t padded(int64_t depth) { return (packed_depth<P>(depth) + kDepth - 1) / kDepth * kDepth; }
-
   // value(k, t) of each token for each index along the depth; also of tokens after the last one, which some numbers are rounded up by.
   template <class F>
   const P* copy(int64_t depth, int64_t count, F&& value) {
@@ -287,9 +296,11 @@ __attribute__((noinline)) void add_code_step(const CodeStep<Tokens, P>& step, co
   for (int i = 0; i < vectors * Tokens; ++i) open[i] = sum[i / Tokens][i % Tokens];
 }
 
-// c[row][token] = the products of the rows n .. n+count with Tokens tokens, stored at x index by index along the depth.
+// c[row][token], or c[token][row], = the products of the rows n .. n+count with Tokens tokens, stored at x index by index along the
+// depth.
 template <WeightFormat Format, int Tokens, class P>
-void few_tokens_product_of(const QuantizedMatrix& w, int64_t n, int64_t count, const P* x, SumOf<P>* c, int64_t c_stride) {
+void few_tokens_product_of(const QuantizedMatrix& w, int64_t n, int64_t count, const P* x, SumOf<P>* c, int64_t c_stride,
+                           bool by_token) {
   using S = SumOf<P>;
   constexpr int lanes = kLanes<S>, bits = kCodeBits<Format>, vectors = kCodeVectors<Tokens>, height = vectors * lanes;
   constexpr int64_t columns = kTileColumns<P>;
@@ -321,13 +332,7 @@ void few_tokens_product_of(const QuantizedMatrix& w, int64_t n, int64_t count, c
         add_code_step<Format, Tokens, P>(step, book, total, open);
       }
     }
-    for (int v = 0; v < vectors; ++v) {
-      Vec<S> out[lanes] = {};
-      for (int t = 0; t < Tokens; ++t) out[t] = total[v * Tokens + t];
-      transpose<S>(out);
-      const int64_t first = i + v * lanes;
-      for (int64_t r = 0; r < std::min<int64_t>(lanes, count - first); ++r) store(c + (first + r) * c_stride, out[r]);
-    }
+    store_totals<Tokens, vectors>(total, c, c_stride, i, count, by_token);
   }
 }
 
@@ -380,6 +385,28 @@ __attribute__((noinline)) void scaled_block_product(const P* a, const P* b, int 
   ahead = lines;
 }
 
+// Whether products of few rows have the rows of such a weight in their lanes, so that their sums may stay rows of tokens.
+template <class P, class W>
+constexpr bool kSumsByToken = std::is_same_v<W, QuantizedMatrix> && kDecodesFew<P>;
+
+// c[row][token] = the products of x.few.
+template <class P>
+void few_product(const QuantizedMatrix& w, int64_t n, int64_t count, const QuantizedOperand<P>& x, SumOf<P>* c,
+                 int64_t c_stride, bool by_token) {
+  with_few_tokens<kFewQuantized>(x.panel.width, [&](auto tokens) {
+    visit_format(w.weights->format,
+                 [&](auto format) { few_tokens_product_of<format, tokens>(w, n, count, x.few, c, c_stride, by_token); });
+  });
+}
+
+// c[token][row] = the sums of group_product() for at most kFewQuantized tokens; whole vectors of rows are written.
+template <class P>
+void token_rows_product(const QuantizedMatrix& w, int64_t n, int64_t count, const QuantizedOperand<P>& x, SumOf<P>* c,
+                        int64_t c_stride) {
+  if (x.rounded) return int8_group_product(w, n, count, *x.rounded, c, c_stride, true);
+  few_product(w, n, count, x, c, c_stride, true);
+}
+
 // group_product() of tile_gemm.h: the same sums in the same order.
 template <class P>
 void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const QuantizedOperand<P>& x, SumOf<P>* c,
@@ -387,15 +414,10 @@ void group_product(const QuantizedMatrix& w, int64_t n, int64_t count, const Qua
   using T = Term<P>;
   const Panel<P>& panel = x.panel;
   if constexpr (!std::is_same_v<P, double>) {
-    if (x.rounded) return int8_group_product(w, n, count, *x.rounded, c, c_stride);
+    if (x.rounded) return int8_group_product(w, n, count, *x.rounded, c, c_stride, false);
   }
   if constexpr (kDecodesFew<P>) {
-    if (x.few) {
-      return with_few_tokens<kFewQuantized>(panel.width, [&](auto tokens) {
-        visit_format(w.weights->format,
-                     [&](auto format) { few_tokens_product_of<format, tokens>(w, n, count, x.few, c, c_stride); });
-      });
-    }
+    if (x.few) return few_product(w, n, count, x, c, c_stride, false);
   }
   constexpr int room = kTileColumns<P>;
   // Sums are not scaled where the scales' columns are the rows of the product.
