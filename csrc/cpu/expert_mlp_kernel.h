@@ -315,13 +315,14 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
   using GateUpWeight = std::decay_t<decltype(gate_up_of(0))>;
   // add_inner() and add_output() with sums as rows of tokens. `to` takes `width` values for each index along the depth, up to `depth`
   // with zeros at the end.
-  [[maybe_unused]] const auto add_token_inner = [&](const Chunk& chunk, const auto& gate_up, const auto& x, P* to, int64_t width,
-                                                    int64_t depth, int64_t i, int64_t end) {
+  [[maybe_unused]] const auto add_token_inner = [&](const Chunk& chunk, const auto& gate_up, const auto& x, P* to,
+                                                    int64_t width, int64_t depth, int64_t i, int64_t end) {
     token_preactivation(a, gate_up, chunk.expert, x, i, end - i, c);
     clock.lap(Stage::kGateUp);
     const int64_t last = packed_depth<P>(end);
     store_token_activation(a, c, chunk.size(), to + i / kTerms<P> * width, width, end - i);
-    if (end == a.inner && last < depth) std::memset(static_cast<void*>(to + last * width), 0, (depth - last) * width * sizeof(P));
+    if (end == a.inner && last < depth)
+      std::memset(static_cast<void*>(to + last * width), 0, (depth - last) * width * sizeof(P));
     clock.lap(Stage::kActivation);
   };
   [[maybe_unused]] const auto add_token_output = [&](const Chunk& chunk, const auto& w, const auto& act, const auto& rows,

@@ -386,7 +386,8 @@ inline void int8_group_product(const QuantizedMatrix& w, int64_t n, int64_t coun
                                int64_t c_stride, bool by_token) {
   visit_whole(w.weights->format, [&](auto format) {
     if (x.few == 0) return many_int8_product<format>(w, n, count, x, c, c_stride);
-    with_few_tokens<kCodes>(x.few, [&](auto tokens) { few_int8_product<format, tokens>(w, n, count, x, c, c_stride, by_token); });
+    with_few_tokens<kCodes>(x.few,
+                            [&](auto tokens) { few_int8_product<format, tokens>(w, n, count, x, c, c_stride, by_token); });
   });
 }
 

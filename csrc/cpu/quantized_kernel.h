@@ -153,23 +153,23 @@ struct CodeStep {
 };
 
 #if GOSSAMER_BF16_DOT
-// Segments whose sums are made at the same time: a sum is a chain of additions, and few tokens have too few of them to hide their
-// latency.
-template <int Tokens>
-constexpr int kSegmentsTogether = Tokens <= 2 ? 2 : 1;
+// The smallest group of columns of a four-bit format.
+constexpr int kLeastGroup = 32;
 
-// Adds Segments segments of a step, from column `first` on, to total[vector][token].
-template <WeightFormat Format, int Tokens, int Segments>
+// Adds Segments segments of a step, from column `first` on, to total[vector][token]. kWords is the number of a segment's words, or 0
+// where the step says it: the code is shorter if it is known.
+template <WeightFormat Format, int Tokens, int Segments, int kWords>
 GOSSAMER_INLINE void add_segments(const CodeStep<Tokens, BFloat16Pair>& step, const Codebook<Format>& book, int64_t first,
                                   Vec<float>* total) {
   constexpr int lanes = kLanes<float>, in_word = kWordBits / kCodeBits<Format>, vectors = kCodeVectors<Tokens>;
-  const int64_t begin = first / in_word, size = step.segment / in_word;
-  const int64_t end = Segments > 1 ? begin + size : std::min<int64_t>(begin + size, (step.count + in_word - 1) / in_word);
+  const uint64_t begin = static_cast<uint64_t>(first) / in_word, size = kWords ? kWords : step.segment / in_word;
+  const uint64_t last = static_cast<uint64_t>(step.count + in_word - 1) / in_word;
+  const uint64_t end = kWords || Segments > 1 ? begin + size : std::min(begin + size, last);
   Vec<float> sum[Segments][vectors][Tokens] = {};
-  for (int64_t i = begin; i < end; ++i) {
-#pragma GCC unroll 2
+  for (uint64_t i = begin; i < end; ++i) {
+#pragma GCC unroll 4
     for (int s = 0; s < Segments; ++s) {
-      const int64_t at = i + s * size;
+      const uint64_t at = i + s * size;
       const BFloat16Pair* values = step.x + at * (in_word / 2) * Tokens;
       UInts word[vectors];
 #pragma GCC unroll 2
@@ -185,9 +185,14 @@ GOSSAMER_INLINE void add_segments(const CodeStep<Tokens, BFloat16Pair>& step, co
         for (int p = 0; p < kPairsInWord<Format>; ++p) {
 #pragma GCC unroll 16
           for (int t = 0; t < Tokens; ++t) {
-            const UInts factor = splat(values[p * Tokens + t]);
+            const BFloat16Pair& factor = values[p * Tokens + t];
 #pragma GCC unroll 2
-            for (int v = 0; v < vectors; ++v) sum[s][v][t] = fma(pairs[v][p], factor, sum[s][v][t]);
+            for (int v = 0; v < vectors; ++v) {
+              Vec<float>& to = sum[s][v][t];
+              // Where chains of sums are long, or products many, broadcasts hide behind them.
+              constexpr bool in_product = kWords > 0 ? Tokens <= 4 : Tokens == 4;
+              to = in_product ? fma_splat(pairs[v][p], factor, to) : fma(pairs[v][p], splat(factor), to);
+            }
           }
         }
       };
@@ -202,9 +207,12 @@ GOSSAMER_INLINE void add_segments(const CodeStep<Tokens, BFloat16Pair>& step, co
       }
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int s = 0; s < Segments; ++s) {
-    const Vec<float>* scales = step.scales + (step.first_group + ((first + s * step.segment) >> step.group_shift)) % lanes;
+    // Steps start with whole sets of segments of the least group.
+    const uint64_t from = kWords ? first : first + s * step.segment;
+    const uint64_t group = step.first_group + (kWords ? from / kLeastGroup : from >> step.group_shift);
+    const Vec<float>* scales = step.scales + group % lanes + (kWords ? s : 0);
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
 #pragma GCC unroll 16
@@ -213,22 +221,43 @@ GOSSAMER_INLINE void add_segments(const CodeStep<Tokens, BFloat16Pair>& step, co
       }
     }
   }
-  // Keeps the totals out of the registers.
-  asm volatile("" : : "r"(total) : "memory");
 }
 
-// Adds a step, whose segments are whole, to total[vector][token].
+// Adds a step, whose segments are whole, to total[vector][token]. A sum is a chain of additions, and few tokens have too few of them to
+// hide their latency: they add several segments at the same time, and keep the totals in registers.
 template <WeightFormat Format, int Tokens>
 __attribute__((noinline)) void add_scaled_step(const CodeStep<Tokens, BFloat16Pair>& step, const Codebook<Format>& book,
                                                Vec<float>* total) {
-  constexpr int together = kSegmentsTogether<Tokens>;
-  int64_t r = 0;
-  if constexpr (together > 1) {
-    for (; r + together * step.segment <= step.count; r += together * step.segment) {
-      add_segments<Format, Tokens, together>(step, book, r, total);
-    }
+  constexpr int sums = kCodeVectors<Tokens> * Tokens, kept = Tokens <= 4 ? sums : 1;
+  Vec<float> own[kept];
+  Vec<float>* to = Tokens <= 4 ? own : total;
+  if constexpr (Tokens <= 4) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kept; ++i) own[i] = total[i];
   }
-  for (; r < step.count; r += step.segment) add_segments<Format, Tokens, 1>(step, book, r, total);
+  int64_t r = 0;
+  const auto add = [&](auto together, auto words, int64_t last) __attribute__((always_inline)) {
+    for (; r + last <= step.count; r += together * step.segment) {
+      add_segments<Format, Tokens, together, words>(step, book, r, to);
+      // Keeps the totals out of the registers.
+      if constexpr (Tokens > 4) asm volatile("" : : "r"(total) : "memory");
+    }
+  };
+  const auto add_all = [&](auto words) __attribute__((always_inline)) {
+    if constexpr (Tokens == 1) add(std::integral_constant<int, 4>{}, words, 4 * step.segment);
+    if constexpr (Tokens <= 2) add(std::integral_constant<int, 2>{}, words, 2 * step.segment);
+    add(std::integral_constant<int, 1>{}, words, 1);
+  };
+  constexpr int least = kCodeBits<Format> == 4 ? kLeastGroup * 4 / kWordBits : 0;
+  if (least > 0 && step.segment == kLeastGroup) {
+    add_all(std::integral_constant<int, least>{});
+  } else {
+    add_all(std::integral_constant<int, 0>{});
+  }
+  if constexpr (Tokens <= 4) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kept; ++i) total[i] = own[i];
+  }
 }
 #endif
 

@@ -210,6 +210,12 @@ GOSSAMER_INLINE Vec<float> fma(UInts a, UInts b, Vec<float> c) {
 GOSSAMER_INLINE HalfVec<float> fma(HalfUInts a, HalfUInts b, HalfVec<float> c) {
   return (HalfVec<float>)_mm256_dpbf16_ps((__m256)c, (__m256bh)a, (__m256bh)b);
 }
+// The same with one pair for all lanes, broadcast as the instruction loads it: a broadcast of its own would take a turn of a vector
+// unit, and compilers make one.
+GOSSAMER_INLINE Vec<float> fma_splat(UInts a, const BFloat16Pair& b, Vec<float> c) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(b));
+  return c;
+}
 #endif
 
 // The first n lanes, the others zero.
