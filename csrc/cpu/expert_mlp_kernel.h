@@ -466,6 +466,12 @@ void expert_mlp_forward_typed(const ExpertMlpForwardArgs& a, void* shared, int n
             const auto w = down_of(few[at].expert);
             for (int64_t h = begin; h < end; h += kGroup) {
               const int64_t last = std::min<int64_t>(end, h + kGroup);
+              if (last == end) {
+                // The next expert's rows, or the first expert's of the next turn.
+                const bool more = at + 1 < num_few;
+                const int64_t next = more ? at + 1 : 0;
+                if (more || end < a.output) fetch_first_rows(down_of(few[next].expert), more ? begin : end, few[next].size());
+              }
               if constexpr (kSumsByToken<P, GateUpWeight>) {
                 if (sums_by_token(at)) {
                   add_token_output(few[at], w, act[at], own->few[at], h, last);
