@@ -43,7 +43,17 @@ void register_routed_experts(py::module_& m) {
             py::gil_scoped_release release;
             return chosen_experts(layer, call, chosen, num_threads);
           },
-          "Writes y and returns true; or returns false if an id is negative.");
+          "Writes y and returns true; or returns false if an id is negative.")
+      .def(
+          "dispatched",
+          [](const PreparedExperts& layer, const PyGroups& g, const std::pair<int64_t, int64_t>& shape, const PyMatrix& weights,
+             const PyMatrix& x, uintptr_t y, int num_threads) {
+            const ExpertCall call{shape.first, shape.second, matrix(x), pointer<void>(y)};
+            const Groups rows = groups(g);
+            py::gil_scoped_release release;
+            dispatched_experts(layer, call, rows, matrix(weights), num_threads);
+          },
+          "Writes y, of rows that are dispatched already.");
 }
 
 }  // namespace gossamer::bindings

@@ -22,6 +22,23 @@ bool may_route(const TopkRoutingArgs& router) {
 
 }  // namespace
 
+void dispatched_experts(const PreparedExperts& layer, const ExpertCall& call, const Groups& groups, const FloatMatrix& weights,
+                        int num_threads) {
+  QuantizedMlpArgs args = layer.args;
+  args.dtype = call.x.dtype;
+  args.groups = groups;
+  args.tokens = call.tokens;
+  args.top_k = call.top_k;
+  args.x = call.x;
+  args.weights = weights;
+  args.y = call.y;
+  if (layer.quantized) {
+    quantized_expert_mlp(args, num_threads);
+  } else {
+    expert_mlp(args, num_threads);
+  }
+}
+
 bool chosen_experts(const PreparedExperts& layer, const ExpertCall& call, const ChosenExperts& chosen, int num_threads) {
   const int64_t num_slots = call.tokens * call.top_k;
   int32_t *slots, *rows, *offsets;
@@ -36,19 +53,8 @@ bool chosen_experts(const PreparedExperts& layer, const ExpertCall& call, const 
   const DispatchArgs sorting{chosen.ids,         chosen.wide,       call.tokens, call.top_k, chosen.token_stride,
                              chosen.slot_stride, layer.num_experts, slots,       rows,       offsets};
   if (dispatch(sorting, num_threads) >= 0) return false;
-  QuantizedMlpArgs args = layer.args;
-  args.dtype = call.x.dtype;
-  args.groups = {slots, offsets, std::max(offsets[layer.num_experts], 1), layer.num_experts};
-  args.tokens = call.tokens;
-  args.top_k = call.top_k;
-  args.x = call.x;
-  args.weights = chosen.weights;
-  args.y = call.y;
-  if (layer.quantized) {
-    quantized_expert_mlp(args, num_threads);
-  } else {
-    expert_mlp(args, num_threads);
-  }
+  dispatched_experts(layer, call, {slots, offsets, std::max(offsets[layer.num_experts], 1), layer.num_experts}, chosen.weights,
+                     num_threads);
   return true;
 }
 

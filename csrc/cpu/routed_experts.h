@@ -30,7 +30,11 @@ struct ChosenExperts {
   FloatMatrix weights;
 };
 
-// dispatch, then expert_mlp or quantized_expert_mlp. Returns false without a result if an id is negative.
+// expert_mlp or quantized_expert_mlp of rows that are dispatched already; `weights` are (T, K).
+void dispatched_experts(const PreparedExperts& layer, const ExpertCall& call, const Groups& groups, const FloatMatrix& weights,
+                        int num_threads);
+
+// dispatch, then dispatched_experts. Returns false without a result if an id is negative.
 bool chosen_experts(const PreparedExperts& layer, const ExpertCall& call, const ChosenExperts& chosen, int num_threads);
 
 // topk_routing, then chosen_experts. `router` has no ids and weights yet. Returns false without a result if a logit is NaN or +inf, or

@@ -1,6 +1,8 @@
 """Products and layers with quantised expert weights, against float64 in every form."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -390,6 +392,43 @@ def test_few_rows_beside_many(dtype, weight_format):
     torch.set_num_threads(threads)
     for other in found[1:]:
         assert torch.equal(other, found[0])
+
+
+@pytest.mark.skipif(gossamer._backend.native_unavailable() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_calls_without_gradients(activations):
+    """They keep what does not change between them, with the bits of calls that do not, and notice all that changes."""
+    stacks = [
+        stack("int4", "cpu", n=rows, c=columns, activations=activations)
+        for rows, columns in ((128, 96), (96, 64), (96, 64))
+    ]
+    gate_up, down, other = stacks[0], stacks[1], QuantizedExpertWeight(stacks[2].data.flip(1), stacks[2].scale, "int4")
+    d, w = make_dispatch(T, E, K, "cpu", dropped=0.2), torch.rand(T, K)
+    x = torch.randn(T, 192)[:, ::2].bfloat16()
+
+    def layer(*weights, x=x, **form):
+        with torch.no_grad():
+            found = gossamer.expert_mlp(x, *weights, d, w, **form)
+        assert torch.equal(found, gossamer.expert_mlp(x, *weights, d, w, **form))
+        return found
+
+    assert gate_up._prepared is None
+    first, kept = layer(gate_up, down), gate_up._prepared
+    assert torch.equal(layer(gate_up, down), first) and gate_up._prepared is kept is not None
+    changed = [layer(gate_up, other)] + [
+        layer(gate_up, down, **form) for form in ({"activation": "geglu"}, {"interleaved": True})
+    ]
+    assert not any(torch.equal(found, first) for found in changed)
+    assert torch.equal(layer(gate_up, down), first)
+    layer(gate_up, down, x=x.double())
+    layer(gate_up.to_layout("panels"), down)
+    assert copy.deepcopy(gate_up)._prepared is None and pickle.loads(pickle.dumps(gate_up))._prepared is None
+    gate_up.data.set_(gate_up.data.flip(0))
+    assert not torch.equal(layer(gate_up, down), first)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"weights must have shape \(T, K\) = \(13, 2\)"):
+        gossamer.expert_mlp(x, gate_up, down, d, w[:, :1])
+    with torch.no_grad(), pytest.raises(TypeError, match=r"weights must be a torch\.Tensor"):
+        gossamer.expert_mlp(x, gate_up, down, d, None)
 
 
 def test_errors_of_quantising_and_products():

@@ -8,11 +8,12 @@ import torch
 
 from gossamer import _C
 from gossamer._activation import Activation
-from gossamer.cpu_kernels._native import activation_form, matrix, pointer, quantized_stack, unit_rows
+from gossamer.cpu_kernels._native import activation_form, groups, matrix, pointer, quantized_stack, unit_rows
 from gossamer.cpu_kernels.expert_mlp import product
 
 if TYPE_CHECKING:
     from gossamer.ops._weights import Weight
+    from gossamer.ops.dispatch import Dispatch
     from gossamer.ops.routed_experts import Prepared
 
 
@@ -55,3 +56,18 @@ def run_chosen(
         matrix(expert_ids), tuple(expert_ids.shape), matrix(weights), matrix(x), y.data_ptr(), torch.get_num_threads()
     )
     return y if done else None
+
+
+def run_dispatched(prepared: Prepared, dispatch: Dispatch, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``y (T, O)``."""
+    x = unit_rows(x)
+    y = torch.empty(x.shape[0], prepared.output_size, dtype=x.dtype)
+    prepared.layer.dispatched(
+        groups(dispatch.row_slots, dispatch.offsets),
+        (dispatch.num_tokens, dispatch.top_k),
+        matrix(weights),
+        matrix(x),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y

@@ -31,6 +31,7 @@ from gossamer.ops.gather_reduce import combine_slots
 from gossamer.ops.grouped_matmul import rows_by_weight
 from gossamer.ops.low_rank import check_factor_dtype, check_rank
 from gossamer.ops.quantized_expert_weight import QuantizedExpertWeight
+from gossamer.ops.routed_experts import may_run, run_dispatched
 
 LowRankFactors = tuple[torch.Tensor, torch.Tensor]
 
@@ -334,6 +335,11 @@ def expert_mlp(
     check_interleaved(interleaved, activation)
     check_tensor("x", x)
     check_dispatch(dispatch)
+    if type(gate_up) is type(down) is QuantizedExpertWeight and gate_up_bias is down_bias is None and may_run(x):
+        if gate_up_lora is down_lora is None and type(lora_scale) is float:
+            y = run_dispatched(gate_up, down, dispatch, weights, x, activation, interleaved)
+            if y is not None:
+                return y
     backend = _backend.resolve("expert_mlp", x)
     e, t, k = dispatch.num_experts, dispatch.num_tokens, dispatch.top_k
     check_shape("x", x, (t, None), "(T, H)")

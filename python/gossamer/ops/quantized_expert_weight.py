@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -121,6 +122,12 @@ class QuantizedExpertWeight:
     format: str
     activations: str = "float"
     layout: str = ROWS
+
+    # What calls with this weight prepared: addresses of its tensors, so it is no field, and copies leave it out.
+    _prepared: ClassVar[object] = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
 
     def __post_init__(self) -> None:
         check_format(self.format)

@@ -8,6 +8,7 @@ change between calls is prepared once.
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from gossamer.ops.topk_routing import MOST_CHOSEN
 
 if TYPE_CHECKING:
     from gossamer import _C
+    from gossamer.ops.dispatch import Dispatch
 
 
 class ExpertChoice(NamedTuple):
@@ -115,6 +117,9 @@ def prepare(
     e, _, h = up.shape
     found = {value.dtype for value in (up.values, down.values, *biases) if value is not None}
     dtypes = tuple(dtype for dtype in FLOAT_DTYPES if found <= {dtype})
+    if "int8" in (up.activations, down.activations):
+        # Rows in float64 are rounded before its products.
+        dtypes = tuple(dtype for dtype in dtypes if dtype != torch.float64)
     if not dtypes or not (choice is None or _is_valid(choice, e)):
         return None
     from gossamer.cpu_kernels import routed_experts
@@ -158,3 +163,54 @@ def run_chosen(
     from gossamer.cpu_kernels import routed_experts
 
     return routed_experts.run_chosen(prepared, expert_ids, weights, x)
+
+
+class _Kept(NamedTuple):
+    """What was prepared for a pair of quantised weights, of which the first keeps it."""
+
+    down: weakref.ref[QuantizedExpertWeight]
+    activation: Activation
+    interleaved: bool
+    places: list
+    prepared: Prepared | None
+
+
+def run_dispatched(
+    gate_up: QuantizedExpertWeight,
+    down: QuantizedExpertWeight,
+    dispatch: Dispatch,
+    weights: torch.Tensor,
+    x: torch.Tensor,
+    activation: Activation,
+    interleaved: bool,
+) -> torch.Tensor | None:
+    """``gossamer.expert_mlp`` of tensors for which :func:`may_run` is true, with a dispatch that was checked.
+
+    None if it does not serve them, or if they do not fit each other.
+    """
+    tensors = gate_up.data, gate_up.scale, down.data, down.scale
+    if not {torch.Tensor}.issuperset(map(type, tensors)) or not isinstance(weights, torch.Tensor):
+        return None
+    # The tensors of a weight stay, but their memory can be replaced.
+    places, kept = [part for t in tensors for part in (t.data_ptr(), t.shape, t.is_contiguous())], gate_up._prepared
+    if (
+        kept is None
+        or kept.down() is not down
+        or kept.activation != activation
+        or kept.interleaved != interleaved
+        or kept.places != places
+    ):
+        prepared = prepare((gate_up, down), (None, None), activation, interleaved)
+        kept = _Kept(weakref.ref(down), activation, interleaved, places, prepared)
+        object.__setattr__(gate_up, "_prepared", kept)
+    prepared = kept.prepared
+    if prepared is None or not _takes(prepared, x) or not is_plain_on_cpu(weights, dispatch.slots, dispatch.offsets):
+        return None
+    shape = dispatch.num_tokens, dispatch.top_k
+    if dispatch.num_experts != prepared.num_experts or x.shape[0] != shape[0] or weights.shape != shape:
+        return None
+    if weights.dtype not in (x.dtype, torch.float32):
+        return None
+    from gossamer.cpu_kernels import routed_experts
+
+    return routed_experts.run_dispatched(prepared, dispatch, weights, x)
