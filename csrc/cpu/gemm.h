@@ -48,6 +48,10 @@ struct LinesAhead {
     gap = wait = std::max<int64_t>(1, steps / lines);
   }
   __attribute__((always_inline)) void fetch() { fetch_into<2>(); }
+  // Prefetches one line of each run, which overlaps page-table lookups that would otherwise come one after another.
+  void touch_runs() const {
+    for (int64_t i = 0; i < runs; ++i) __builtin_prefetch(run + i * stride, 0, 2);
+  }
 
  protected:
   // Locality as of __builtin_prefetch(): 2 is the second-level cache.
@@ -221,6 +225,9 @@ int64_t num_tiles(const Panel<P>& panel, int64_t count) {
          tiles(panel.block_vectors(blocks - 1) == 1 ? kTileRows<1> : GOSSAMER_TILE_ROWS);
 }
 
+// Bytes between the weight rows that a product reads and those that it prefetches: about what memory delivers within its latency.
+constexpr int64_t kFetchDistance = 16 << 10;
+
 // How a group of a weight's rows is read: in place, or packed in its memory order.
 enum class Read { kInPlace, kRows, kColumns };
 
@@ -235,12 +242,16 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
   constexpr int64_t step = kDepth * kTerms<P>;
   const int segment = segment_of<P>(w.depth);
   const int64_t blocks = panel.num_blocks(), row_stride = w.row_stride / kTerms<P>;
+  // Rows are read in parts of `step` terms, and prefetched `distance` parts ahead.
+  const int64_t steps = (w.depth + step - 1) / step,
+                step_bytes = unit * std::min(step, w.depth) * static_cast<int64_t>(sizeof(T));
+  const int64_t distance = columns ? 1 : std::max<int64_t>(1, kFetchDistance / step_bytes);
   for (int64_t k = 0; k < w.depth; k += step) {
     const int64_t terms = std::min(step, w.depth - k);
     const int depth = static_cast<int>((terms + kTerms<P> - 1) / kTerms<P>);
-    const bool more = k + step < w.depth;
-    const int64_t next_n = more ? n : n + count, next_k = more ? k + step : 0;
-    const int64_t next_rows = more ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, unit);
+    const int64_t then = k / step + distance, next_n = n + then / steps * (then < steps ? count : unit),
+                  next_k = then % steps * step;
+    const int64_t next_rows = then < steps ? count : std::clamp<int64_t>(w.num_rows - next_n, 0, unit);
     const int64_t next_terms = std::min(step, w.depth - next_k);
     const int64_t runs = columns             ? next_terms
                          : w.col_stride == 1 ? next_rows
@@ -248,11 +259,8 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
                   run_length = columns ? next_rows : next_terms;
     const T* next = w.base + next_n * w.row_stride + next_k * w.col_stride;
     auto ahead = LinesAhead::of(next, run_length, columns ? w.col_stride : w.row_stride, runs);
-    ahead.share_among(num_tiles(panel, count));
-    // Touching one line of each new row first overlaps their page-table lookups, which would otherwise come one after another.
-    if (!more && !columns) {
-      for (int64_t i = 0; i < runs; ++i) prefetch_lines<1, Fetch::kReadLater>(next + i * w.row_stride, 0);
-    }
+    ahead.share_among(num_tiles(panel, count) * (columns ? 1 : depth));
+    if (next_k == 0 && !columns) ahead.touch_runs();
     const P* a = pack;
     if constexpr (read == Read::kInPlace) {
       a = reinterpret_cast<const P*>(w.base + n * w.row_stride + k);
@@ -265,10 +273,15 @@ void group_product_of(const Weight<T>& w, int64_t n, int count, int unit, const 
       with_block(panel, block, [&](auto vectors, auto half) {
         const P* b = panel.block(block) + k / kTerms<P> * vectors * kLanes<P>;
         for_tiles<kTileRows<vectors>>(count, [&](auto tile, int64_t i) {
-          ahead.fetch();
-          block_product<tile, vectors, a_row, columns ? kGroup : 1, half>(a + i * (a_row > 0 ? a_row : row_stride), row_stride,
-                                                                          b, depth, segment, !add && k == 0,
-                                                                          c + i * c_stride + block * kPanelWidth<P>, c_stride);
+          SumOf<P>* to = c + i * c_stride + block * kPanelWidth<P>;
+          if constexpr (columns) {
+            ahead.fetch();
+            block_product<tile, vectors, a_row, kGroup, half>(a + i, row_stride, b, depth, segment, !add && k == 0, to,
+                                                              c_stride);
+          } else {
+            block_product<tile, vectors, a_row, 1, half>(a + i * (a_row > 0 ? a_row : row_stride), row_stride, b, depth,
+                                                         segment, !add && k == 0, to, c_stride, ahead);
+          }
         });
       });
     }
@@ -397,12 +410,13 @@ __attribute__((noinline)) void few_tokens_of(const Weight<T>& w, int64_t n, int6
   few_tokens_product<Tokens, P>(count, w.depth, c, c_stride, accumulate, add);
 }
 
-// Prefetches what a product of few tokens reads first of the weight rows from n on; what follows it prefetches itself.
+// Prefetches what a product with `tokens` tokens reads first of the weight rows from n on; the product prefetches the rest.
 template <class T>
-void fetch_first_rows(const Weight<T>& w, int64_t n, int64_t rows) {
-  if (rows > kFewTokens || w.col_stride != 1) return;
-  const int64_t bytes = std::min<int64_t>(w.depth * sizeof(T), 512);
-  for (int64_t i = n; i < std::min<int64_t>(n + kLanes<float>, w.num_rows); ++i) {
+void fetch_first_rows(const Weight<T>& w, int64_t n, int64_t tokens) {
+  if (w.col_stride != 1) return;
+  const int64_t rows = tokens > kFewTokens ? GOSSAMER_TILE_ROWS : kLanes<float>,
+                bytes = std::min<int64_t>(w.depth * sizeof(T), tokens > kFewTokens ? kFetchDistance / rows : 512);
+  for (int64_t i = n; i < std::min<int64_t>(n + rows, w.num_rows); ++i) {
     prefetch_lines<1, Fetch::kReadLater>(w.base + i * w.row_stride, bytes);
   }
 }
