@@ -135,6 +135,7 @@ class ExpertMlpBackward {
       up_low_r = {buffers.up_update.r, depth, a.gate_up_update.rank};
       down_low = low_rank_panels(buffers.down_update, a.down_update.rank, m);
       down_low_r = {buffers.down_update.r, depth, a.down_update.rank};
+      if (a.needs_dact()) fetch_first_columns<P>(transposed_down(chunk.expert), team, m);
       gather(chunk);
       clock.lap(Stage::kPack);
       meet();
@@ -362,6 +363,7 @@ class ExpertMlpBackward {
     if (a.dweights && a.down_bias && team.thread == team.size - 1) {
       weighted_rows(dy, a.down_bias, chunk.expert, buffers.dweight_parts + (a.inner + kGroup - 1) / kGroup * buffers.chunk);
     }
+    if (a.dx) fetch_first_columns<P>(transposed_gate_up(chunk.expert), team, chunk.size());
   }
 
   // All sums over the chunk's rows, and dx.

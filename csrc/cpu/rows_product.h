@@ -16,10 +16,22 @@ constexpr int64_t kRowGroups = 4;
 // Which packed types use it. AVX2's sixteen registers hold too few sums for a group of columns: it is a third slower there.
 template <class P>
 constexpr bool kByRows = kTiled<P> || GOSSAMER_VECTOR_BYTES == 64;
-// Products of few tokens with floats read a weight as long runs either way.
+
+// The most tokens for which products read a weight in place: those of one tile, since no other tile would share what is packed.
+template <class P>
+constexpr int kRowsTile = GOSSAMER_TILE_ROWS * GOSSAMER_TILE_VECTORS / 2 / 4 * 4;
+// The most groups of columns in a unit of such a product, and the packed values in a part of its depth. Runs are long and rows few,
+// because rows a power of two apart share few sets of the second-level cache, where many prefetched lines would evict each other.
+constexpr int64_t kFewRowsGroups = 8;
+constexpr int kFewRowsDepth = 32;
+template <class P>
+bool reads_in_place(int64_t tokens) {
+  return kByRows<P> && !kTiled<P> && tokens <= kRowsTile<P> && 2 * kLanes<P> == kGroup;
+}
+
 template <class P, class T>
 bool goes_by_rows(const Weight<T>& w, int64_t tokens) {
-  return kByRows<P> && (kTerms<P> > 1 || tokens > kFewTokens) && runs_along_rows(w);
+  return kByRows<P> && (kTerms<P> > 1 || tokens > kFewTokens || reads_in_place<P>(tokens)) && runs_along_rows(w);
 }
 
 // A thread's memory for products with at most `tokens` tokens.
@@ -69,6 +81,24 @@ int64_t rows_product_unit(int64_t num_rows, [[maybe_unused]] int64_t depth, int 
   return std::clamp<int64_t>(most / kGroup * kGroup, kGroup, kRowGroups * kGroup);
 }
 
+// The same for a product with `tokens` tokens.
+template <class P, class T>
+int64_t rows_product_unit(const Weight<T>& w, int64_t tokens, int threads) {
+  if (!reads_in_place<P>(tokens)) return rows_product_unit<P>(w.num_rows, w.depth, threads);
+  return std::clamp<int64_t>(w.num_rows / (2 * threads) / kGroup * kGroup, kGroup, kFewRowsGroups * kGroup);
+}
+
+// Prefetches what a thread reads first in a product with `tokens` tokens.
+template <class P, class T>
+void fetch_first_columns(const Weight<T>& w, Team team, int64_t tokens) {
+  if (kTiled<P> || !goes_by_rows<P>(w, tokens)) return;
+  const int64_t unit = rows_product_unit<P>(w, tokens, team.size), first = team.share(w.num_rows, unit).begin;
+  const int64_t bytes = std::clamp<int64_t>(w.num_rows - first, 0, unit) * sizeof(T);
+  for (int64_t k = 0; k < std::min<int64_t>(w.depth, kFewRowsDepth * kTerms<P>); ++k) {
+    prefetch_lines<0, Fetch::kReadLater>(w.base + first + k * w.col_stride, bytes);
+  }
+}
+
 // Calls f(i, count, c) with c[token][j] = 0, the result of a product of depth zero.
 template <class S, class F>
 void empty_rows_product(int64_t n, int64_t end, int64_t tokens, S* c, F&& f) {
@@ -109,14 +139,99 @@ void rows_product(const Weight<T>& w, int64_t n, int64_t end, const PackedRows<P
   }
 }
 
+// sums[i] (+)= Σ_k a(i, k) · b(k) over part of a segment for Rows tokens and kGroup columns, with a(i, k) at a[i + k·kLanes] and the
+// weight's row b(k) in place; rows of sums are kGroup values. The sum of a whole segment goes to c instead, added unless it is the
+// first.
+template <int Rows, class T, class P>
+__attribute__((noinline)) void in_place_product(const P* a, const T* b, int64_t b_stride, int64_t terms, bool begins, bool ends,
+                                                bool first, SumOf<P>* sums, SumOf<P>* c, LinesAhead& ahead) {
+  using S = SumOf<P>;
+  constexpr int lanes = kLanes<S>;
+  LinesAhead lines = ahead;
+  Vec<S> sum[Rows][2] = {};
+  if (!begins) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      sum[i][0] = load(sums + i * kGroup);
+      sum[i][1] = load(sums + i * kGroup + lanes);
+    }
+  }
+  for (int64_t k = 0; k < terms; k += kTerms<P>) {
+    const auto [low, high] = load_two_lanes<P>(b, k + 1 < terms ? b + b_stride : nullptr);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vec<P> value = splat(a[i]);
+      sum[i][0] = fma(value, low, sum[i][0]);
+      sum[i][1] = fma(value, high, sum[i][1]);
+    }
+    lines.fetch();
+    a += kLanes<P>;
+    b += kTerms<P> * b_stride;
+  }
+  S* to = ends ? c : sums;
+  const bool add = ends && !first;
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      S* at = to + i * kGroup + v * lanes;
+      store(at, add ? load(at) + sum[i][v] : sum[i][v]);
+    }
+  }
+  ahead = lines;
+}
+
+// rows_product() by vectors for tokens of one tile.
+template <class T, class P, class F>
+void few_rows_product(const Weight<T>& w, int64_t n, int64_t end, const Panel<P>& rows, const RowsMemory<P>& memory, F&& f) {
+  constexpr int64_t step = kFewRowsDepth * kTerms<P>, most = kRowsTile<P> * kGroup;
+  const int64_t segment = segment_of<P>(w.depth) * kTerms<P>, width = end - n;
+  // For each group, the sums of complete segments, followed by those of the current one.
+  auto* c = reinterpret_cast<SumOf<P>*>(memory.pack());
+  static_assert(kFewRowsGroups * 2 * most * sizeof(SumOf<P>) <= kRowGroups * kPackSize<P> * sizeof(P));
+  for (int64_t k = 0, terms = 0; k < w.depth; k += terms) {
+    terms = std::min({step, segment, w.depth - k});
+    const bool begins = k % segment == 0, ends = (k + terms) % segment == 0 || k + terms == w.depth;
+    const int64_t then = k + terms;
+    auto ahead = then < w.depth
+                     ? LinesAhead::of(w.base + n + then * w.col_stride, width, w.col_stride, std::min(terms, w.depth - then))
+                     : LinesAhead::of(w.base + end, std::min(width, w.num_rows - end), w.col_stride, std::min(step, w.depth));
+    ahead.share_among((width + kGroup - 1) / kGroup * ((terms + kTerms<P> - 1) / kTerms<P>));
+    ahead.touch_runs();
+    for (int64_t at = 0; at < width; at += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, width - at);
+      SumOf<P>* to = c + at / kGroup * 2 * most;
+      const T* from = w.base + n + at + k * w.col_stride;
+      int64_t stride = w.col_stride;
+      // The last columns may be fewer than a group; they are copied.
+      alignas(64) T last[step * kGroup];
+      if (count < kGroup) {
+        for (int64_t j = 0; j < terms; ++j) {
+          std::copy_n(from + j * stride, count, last + j * kGroup);
+          std::fill_n(last + j * kGroup + count, kGroup - count, T{});
+        }
+        from = last;
+        stride = kGroup;
+      }
+      const P* a = rows.block(0) + k / kTerms<P> * kLanes<P>;
+      for_tiles<kRowsTile<P>>(rows.width, [&](auto tile, int64_t i) {
+        SumOf<P>* sums = to + i * kGroup;
+        in_place_product<tile>(a + i, from, stride, terms, begins, ends, k < segment, sums + most, sums, ahead);
+      });
+      if (then == w.depth) f(n + at, count, to);
+    }
+  }
+}
+
 // The same by vectors, with the rows as columns of a panel. Sums are those of group_product(), bit for bit.
 template <class T, class P, class F>
 void rows_product(const Weight<T>& w, int64_t n, int64_t end, const Panel<P>& rows, const RowsMemory<P>& memory, F&& f) {
   constexpr int64_t step = kDepth * kTerms<P>;
   // As many sums as there are registers: values of the rows are broadcast, and a group of columns is two vectors.
-  constexpr int vectors = 2, tile_rows = GOSSAMER_TILE_ROWS * GOSSAMER_TILE_VECTORS / vectors / 4 * 4;
+  constexpr int vectors = 2, tile_rows = kRowsTile<P>;
   using Columns = Panel<P, vectors>;
   if (w.depth == 0) return empty_rows_product(n, end, rows.width, memory.sums(), f);
+  if (reads_in_place<P>(rows.width)) return few_rows_product(w, n, end, rows, memory, f);
   const int segment = segment_of<P>(w.depth);
   const int64_t width = end - n;
   const int64_t tiles = (width + Columns::kWidth - 1) / Columns::kWidth * ((rows.width + tile_rows - 1) / tile_rows);
@@ -139,6 +254,7 @@ void rows_product(const Weight<T>& w, int64_t n, int64_t end, const Panel<P>& ro
         more ? LinesAhead::of(w.base + n + (k + step) * w.col_stride, width, w.col_stride, std::min(step, w.depth - k - step))
              : LinesAhead::of(w.base + end, std::min(width, w.num_rows - end), w.col_stride, std::min(step, w.depth));
     ahead.share_among(tiles * depth);
+    ahead.touch_runs();
     for (int64_t at = 0; at < width; at += kGroup) {
       const Columns group = columns(at);
       SumOf<P>* c = memory.sums(at / kGroup);
@@ -167,7 +283,7 @@ void rows_product(const Weight<T>& w, int64_t n, int64_t end, const Panel<P>& ro
 template <class T, class P, class Before, class F>
 void shared_rows_product(WorkQueue& queue, Team team, const Weight<T>& w, [[maybe_unused]] const PackedRows<P>& tile_rows,
                          [[maybe_unused]] const Panel<P>& panel, const RowsMemory<P>& memory, Before&& before, F&& f) {
-  const int64_t unit = rows_product_unit<P>(w.num_rows, w.depth, team.size);
+  const int64_t unit = rows_product_unit<P>(w, panel.width, team.size);
   const auto product = [&](int64_t n, int64_t end) {
     before(n, end);
     if constexpr (kTiled<P>) {
@@ -177,7 +293,7 @@ void shared_rows_product(WorkQueue& queue, Team team, const Weight<T>& w, [[mayb
     }
   };
   // A quarter of the largest unit is a group.
-  queue.each(team, w.num_rows, unit, product, unit == kRowGroups * kGroup ? 1 : 0);
+  queue.each(team, w.num_rows, unit, product, unit % (4 * kGroup) == 0 ? 1 : 0);
 }
 
 }  // namespace

@@ -225,6 +225,24 @@ def test_batch_position(kernel_backend, dtype, device):
     assert_same_bits(moved, {name: value[order] for name, value in first.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_have_the_bits_of_many(dtype):
+    """Native products read weights in place for few rows and from panels for many; a row's bits are the same."""
+    h, i, many = 300, 150, 40  # sums of several segments, and columns that do not fill the last group
+    inputs = make_inputs("cpu", dtype, t=many, e=2, k=1, h=h, i=i)
+    dout = torch.randn(many, h)
+
+    def first_rows(rows):
+        ids = torch.ones(rows, 1, dtype=torch.long)
+        function, _ = functions(make_dispatch(rows, 2, 1, "cpu", ids=ids), backend="native")
+        few = inputs | {name: inputs[name][:rows] for name in ("x", "weights")}
+        return run(function, few, ["x", "weights"], dout[:rows])
+
+    all_rows = first_rows(many)
+    for rows in (1, 4, 5, 8, 9, 12, 13, 17):
+        assert_same_bits(first_rows(rows), {name: value[:rows] for name, value in all_rows.items()})
+
+
 @pytest.mark.parametrize("h", [1024, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weight_gradients_beyond_the_caches(dtype, h):
