@@ -84,10 +84,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kernel_backend", backends)
 
 
+# Modules that are kept out of garbage collections.
+_frozen_modules = 0
+
+
 def pytest_collection_finish() -> None:
     """Keep what was imported and collected, a million objects, out of the garbage collections during tests."""
+    global _frozen_modules
     gc.collect()
     gc.freeze()
+    _frozen_modules = len(sys.modules)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Do so again after a file whose tests imported a compiler or a library."""
+    if nextitem is not None and nextitem.path != item.path and len(sys.modules) > _frozen_modules + 200:
+        pytest_collection_finish()
 
 
 def pytest_sessionfinish() -> None:
