@@ -44,7 +44,7 @@ from gossamer.ops.composed_rows import Parts, live_positions, part_rows
 from gossamer.ops.gather_compose import GatherCompose
 from gossamer.ops.gather_compose_gradient import ComposeGradient
 from gossamer.ops.gather_compose_step import GatherComposeStep
-from gossamer.ops.gather_matmul import GatherMatmul
+from gossamer.ops.gather_matmul import GatherMatmul, ProductGradient
 from gossamer.optim import SGD, Optimizer
 
 SYMBOLS = ("N", "D", "B", "J")
@@ -357,6 +357,13 @@ def cost_matmul(call: Mapping[str, object], result: torch.Tensor) -> Cost:
     return Cost(float(positions * m * n * (2 * k + 1 + (args.bags.weights is not None))), lists + rows + nbytes(result))
 
 
+def cost_product_gradient(call: Mapping[str, object], result: tuple) -> Cost:
+    """The cost of both gradients of products: a product of two matrices for each, and each array is read once."""
+    args = arguments(ProductGradient, call)
+    m, k, n = args.sizes
+    return Cost(float(4 * int(args.offsets[-1]) * m * k * n), nbytes(*args[:-1]) + nbytes(*result))
+
+
 def cost_map(call: Mapping[str, object], result: torch.Tensor) -> Cost:
     """The cost of maps: ids are read and rows written, with integer arithmetic."""
     return Cost(0.0, nbytes(call["ids"], result))
@@ -367,6 +374,7 @@ COSTS = {
     "gossamer::gather_compose_step": cost_step,
     "gossamer::compose_gradient": cost_gradient,
     "gossamer::gather_matmul": cost_matmul,
+    "gossamer::product_gradient": cost_product_gradient,
     "gossamer::map_ids": cost_map,
 }
 FAMILY = Family(

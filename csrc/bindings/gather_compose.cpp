@@ -7,6 +7,7 @@
 #include "bindings/bags.h"
 #include "bindings/map_ids.h"
 #include "bindings/register.h"
+#include "cpu/product_gradient.h"
 
 namespace gossamer::bindings {
 
@@ -125,6 +126,34 @@ void register_gather_compose(py::module_& m) {
       "The gradients of all rows of a small table, and the numbers of those that live ids have.", py::kw_only(),
       py::arg("table"), py::arg("num_rows"), py::arg("dim"), py::arg("bags"), py::arg("parts"), py::arg("dout"),
       py::arg("sums"), py::arg("rows"), py::arg("num_threads"));
+  m.def(
+      "product_gradient",
+      [](int dtype, std::tuple<int64_t, int64_t, int64_t> sizes, uintptr_t left, int64_t num_left, uintptr_t right,
+         int64_t num_right, uintptr_t dout, uintptr_t factors, uintptr_t positions, uintptr_t offsets, uintptr_t rows,
+         uintptr_t left_gradient, uintptr_t right_gradient, int num_threads) {
+        const auto [m, k, n] = sizes;
+        const ProductGradientArgs args{.dtype = static_cast<DType>(dtype),
+                                       .m = m,
+                                       .k = k,
+                                       .n = n,
+                                       .num_left = num_left,
+                                       .num_right = num_right,
+                                       .left = pointer<void>(left),
+                                       .right = pointer<void>(right),
+                                       .dout = pointer<void>(dout),
+                                       .factors = pointer<void>(factors),
+                                       .positions = pointer<int32_t>(positions),
+                                       .offsets = pointer<int32_t>(offsets),
+                                       .rows = pointer<int32_t>(rows),
+                                       .left_gradient = pointer<void>(left_gradient),
+                                       .right_gradient = pointer<void>(right_gradient)};
+        py::gil_scoped_release release;
+        product_gradient(args, num_threads);
+      },
+      "The gradients of both tables of gather_matmul, from the positions of each row of the left one.", py::kw_only(),
+      py::arg("dtype"), py::arg("sizes"), py::arg("left"), py::arg("num_left"), py::arg("right"), py::arg("num_right"),
+      py::arg("dout"), py::arg("factors"), py::arg("positions"), py::arg("offsets"), py::arg("rows"), py::arg("left_gradient"),
+      py::arg("right_gradient"), py::arg("num_threads"));
 }
 
 }  // namespace gossamer::bindings

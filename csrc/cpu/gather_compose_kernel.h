@@ -57,8 +57,8 @@ template <int n>
 using Count = std::integral_constant<int, n>;
 
 // Calls f(lanes, vectors, column) for the vectors, parts of vectors and numbers that cover `dim` columns of elements T. Those of
-// 16 bits are widened one by one in parts of vectors, so they have fewer of them.
-template <class T, class F>
+// 16 bits are widened one by one in parts of vectors, so they have fewer of them. With kPairs, also two vectors at a time.
+template <class T, bool kPairs = false, class F>
 GOSSAMER_INLINE void cover(int64_t dim, F&& f) {
   using S = Accumulator<T>;
   constexpr int n = kLanes<S>;
@@ -68,6 +68,7 @@ GOSSAMER_INLINE void cover(int64_t dim, F&& f) {
     for (; column + size <= dim; column += size) f(lanes, vectors, column);
   };
   if constexpr (std::is_same_v<T, S>) take(Count<n>{}, Count<4>{});
+  if constexpr (kPairs) take(Count<n>{}, Count<2>{});
   take(Count<n>{}, Count<1>{});
   if constexpr (n > 8 && std::is_same_v<T, S>) take(Count<8>{}, Count<1>{});
   if constexpr (n > 4) take(Count<4>{}, Count<1>{});
@@ -409,7 +410,8 @@ void add_product_rows(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, 
                       S* sums) {
   const int64_t depth = a.inner, width = a.width, ahead = gather_ahead(fetched);
   const T* left_base = static_cast<const T*>(a.table.base) + first * depth;
-  cover<T>(width, [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
+  // A product waits for the one before in its row and column, so few rows need more columns at once.
+  cover<T, kRows <= 2>(width, [&](auto lanes, auto vectors, int64_t column) __attribute__((always_inline)) {
     constexpr int n = decltype(lanes)::value, kVectors = decltype(vectors)::value;
     using V = decltype(load_lanes_of<n>(static_cast<const T*>(nullptr)));
     const T* right_base = static_cast<const T*>(a.second.base) + column;
@@ -491,6 +493,7 @@ void add_products(const ComposeArgs& a, const PartRows<S>& rows, int64_t p, int6
   }
 #endif
   for (; first + 4 <= height; first += 4) add_product_rows<4, T>(a, rows, p, until, fetched, first, sums);
+  for (; first + 2 <= height; first += 2) add_product_rows<2, T>(a, rows, p, until, fetched, first, sums);
   for (; first < height; ++first) add_product_rows<1, T>(a, rows, p, until, fetched, first, sums);
 }
 

@@ -29,6 +29,7 @@ struct LowRankArgs;
 struct MapIdsArgs;
 struct MultiLowRankBackwardArgs;
 struct MultiLowRankForwardArgs;
+struct ProductGradientArgs;
 struct ProductKeySearchArgs;
 struct ProductKeyTopkArgs;
 struct ProductKeyTopkBackwardArgs;
@@ -82,6 +83,7 @@ struct TableKernels {
   void (*update_rows)(const UpdateArgs& args, const SortedIds& ids, int64_t begin, int64_t end, void* scratch);
   int64_t (*map_ids)(const MapIdsArgs& args, int64_t begin, int64_t end);
   void (*hash_find)(const HashFindArgs& args, int64_t begin, int64_t end);
+  void (*product_gradient)(const ProductGradientArgs& args, int64_t begin, int64_t end, void* sums);
   void (*product_key_topk)(const ProductKeyTopkArgs& args, int64_t begin, int64_t end);
   void (*product_key_topk_backward)(const ProductKeyTopkBackwardArgs& args, int64_t begin, int64_t end);
   void (*product_key_search)(const ProductKeySearchArgs& args, int64_t begin, int64_t end);

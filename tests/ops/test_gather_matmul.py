@@ -7,7 +7,14 @@ from helpers import assert_same_bits, check, flat, ragged, run
 import gossamer
 from gossamer.ops._bags import Bags
 from gossamer.ops.composed_rows import Parts
-from gossamer.ops.gather_matmul import GatherMatmul, gather_matmul_reference, pairs_of
+from gossamer.ops.dispatch import sort_ids
+from gossamer.ops.gather_matmul import (
+    GatherMatmul,
+    ProductGradient,
+    gather_matmul_reference,
+    pairs_of,
+    product_gradient_reference,
+)
 from gossamer.ops.map_ids import IdMaps
 
 N = 28
@@ -100,6 +107,16 @@ def test_finite_differences(device):
     assert torch.autograd.gradgradcheck(function, (*given, weights))
 
 
+@pytest.mark.parametrize("learned", ["left", "right"])
+def test_one_table_learns(kernel_backend, device, learned):
+    """The gradient of a table alone is that beside the other one's."""
+    ids = torch.randint(N, (40, 7), device=device)
+    given, dout = tables((2, 5, 3), device), torch.randn(40, 6, device=device)
+    function = functions(ids, quotients(6), 5, backend=kernel_backend, mode="mean")[0]
+    both, alone = run(function, given, list(given), dout), run(function, given, [learned], dout)
+    torch.testing.assert_close(alone[learned], both[learned], rtol=1e-5, atol=1e-5)
+
+
 def test_same_bits(device):
     """The same bits for any number of threads, forward and backward."""
     ids, offsets = ragged([700, 0, 5, 1300, 90], N, device)
@@ -152,3 +169,21 @@ def test_operator(any_backend, device):
     ids, offsets = ragged([2, 0, 3], N, device)
     args = GatherMatmul(*given, Bags(ids, offsets, mode="mean"), quotients(8), 3, torch.float32)
     torch.library.opcheck(torch.ops.gossamer.gather_matmul.default, flat(args, any_backend))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradient_operator(any_backend, device, weighted):
+    """Both gradients in one pass: left matrices without positions, and positions without a left matrix."""
+    sizes, bags = (5, 19, 3), 6
+    m, k, n = sizes
+    of_left = torch.tensor([3, 1, 5, 1, 1, 3, 5, 1], device=device)
+    positions, offsets = sort_ids(of_left.unsqueeze(1), 5, "reference" if device == "cpu" else "triton")
+    rows = torch.stack([torch.arange(8, device=device) % bags, torch.arange(8, device=device) % 2], 1).int()
+    factor = torch.randn(8, device=device, dtype=torch.float64) if weighted else None
+    values = (torch.randn(5, m * k), torch.randn(2, n * k), torch.randn(bags, m * n))
+    args = ProductGradient(*(v.to(device).double() for v in values), factor, positions, offsets, rows, k)
+    found, expected = torch.ops.gossamer.product_gradient(*flat(args, any_backend)), product_gradient_reference(args)
+    for got, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+    assert not found[0][[0, 2, 4]].any()
+    torch.library.opcheck(torch.ops.gossamer.product_gradient.default, flat(args, any_backend))

@@ -6,6 +6,7 @@
 #include "cpu/low_rank.h"
 #include "cpu/map_ids.h"
 #include "cpu/memory.h"
+#include "cpu/product_gradient.h"
 #include "cpu/product_key_topk.h"
 #include "cpu/sparse_update.h"
 
@@ -15,6 +16,7 @@
 #include "cpu/gather_reduce_kernel.h"
 #include "cpu/hash_find_kernel.h"
 #include "cpu/map_ids_kernel.h"
+#include "cpu/product_gradient_kernel.h"
 #include "cpu/product_key_search_kernel.h"
 #include "cpu/sparse_update_kernel.h"
 
@@ -28,6 +30,7 @@ const TableKernels kTables = {
     .update_rows = update_rows,
     .map_ids = map_ids,
     .hash_find = hash_find,
+    .product_gradient = product_gradient,
     .product_key_topk = product_key_topk,
     .product_key_topk_backward = product_key_topk_backward,
     .product_key_search = product_key_search,

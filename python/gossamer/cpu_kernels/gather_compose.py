@@ -8,7 +8,7 @@ import torch
 
 from gossamer import _C
 from gossamer._numerics import rows_dtype
-from gossamer.cpu_kernels._native import DTYPES, empty_huge, matrix, unit_rows, vector
+from gossamer.cpu_kernels._native import DTYPES, empty_huge, matrix, pointer, unit_rows, vector
 from gossamer.cpu_kernels.gather_reduce import kernel_dtype, native_bags
 from gossamer.cpu_kernels.map_ids import native_maps
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gossamer.ops.composed_rows import Parts
     from gossamer.ops.gather_compose import GatherCompose
     from gossamer.ops.gather_compose_gradient import ComposeGradient, RowSums
-    from gossamer.ops.gather_matmul import GatherMatmul
+    from gossamer.ops.gather_matmul import GatherMatmul, ProductGradient
 
 
 def _native_codes(codes: torch.Tensor | None, bits: int) -> tuple[tuple[int, int, int, int], torch.Tensor | None]:
@@ -88,6 +88,30 @@ def gather_matmul(args: GatherMatmul) -> torch.Tensor:
         num_threads=torch.get_num_threads(),
     )
     return out.to(args.out_dtype)
+
+
+def product_gradient(args: ProductGradient) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of ``left`` and ``turned``."""
+    left, turned, dout = args.left.contiguous(), args.turned.contiguous(), args.dout.contiguous()
+    factor = None if args.factor is None else args.factor.contiguous()
+    found = empty_huge(tuple(left.shape), left.dtype), empty_huge(tuple(turned.shape), left.dtype)
+    _C.product_gradient(
+        dtype=DTYPES[left.dtype],
+        sizes=args.sizes,
+        left=left.data_ptr(),
+        num_left=left.shape[0],
+        right=turned.data_ptr(),
+        num_right=turned.shape[0],
+        dout=dout.data_ptr(),
+        factors=pointer(factor),
+        positions=args.positions.data_ptr(),
+        offsets=args.offsets.data_ptr(),
+        rows=args.rows.data_ptr(),
+        left_gradient=found[0].data_ptr(),
+        right_gradient=found[1].data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+    return found
 
 
 def row_sums(args: RowSums) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,9 @@ from gossamer.ops.gather_compose import pooled
 from gossamer.ops.gather_compose_gradient import rows_of_positions
 from gossamer.ops.map_ids import IdMaps
 
+# A right table of at most this many elements has its gradient summed beside that of the left one, in the caches.
+_SMALL_RIGHT = 1 << 18
+
 
 class GatherMatmul(NamedTuple):
     """Arguments of sums and means of products of matrices over bags.
@@ -100,6 +103,68 @@ def _sum_by_row(by, rows, first, second, inner: int, factor, dtype, num_rows: in
     return _gather_matmul(GatherMatmul(first, second, Bags(positions, offsets, weights), parts, inner, dtype), backend)
 
 
+class ProductGradient(NamedTuple):
+    """Arguments of the gradients of both tables of :class:`GatherMatmul`, in one pass over the positions.
+
+    Attributes:
+        left: ``(N1, M·K)``, matrices ``(M, K)``, of the dtype that is accumulated in, as are all others.
+        turned: ``(N2, N·K)``, the transposes ``(N, K)`` of the right table's matrices.
+        dout: ``(B, M·N)``.
+        factor: ``(L,)`` factors of positions, or None for ones.
+        positions: ``(L,)`` int32, positions sorted by their row of ``left``; those without one come last.
+        offsets: ``(N1 + 1,)`` int32, where the positions of each row begin.
+        rows: ``(L, 2)`` int32, the bag and the row of ``turned`` of each position.
+        inner: K.
+    """
+
+    left: torch.Tensor
+    turned: torch.Tensor
+    dout: torch.Tensor
+    factor: torch.Tensor | None
+    positions: torch.Tensor
+    offsets: torch.Tensor
+    rows: torch.Tensor
+    inner: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """M, K and N."""
+        return self.left.shape[1] // self.inner, self.inner, self.turned.shape[1] // self.inner
+
+
+def product_gradient_reference(args: ProductGradient) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients ``(N1, M·K)`` and ``(N2, N·K)`` of ``left`` and ``turned`` in plain torch."""
+    m, k, n = args.sizes
+    own = torch.repeat_interleave(torch.arange(len(args.left), device=args.left.device), args.offsets.diff())
+    kept = args.positions[: own.numel()].long()
+    bag, other = args.rows[kept].long().unbind(1)
+    dout = args.dout[bag].view(-1, m, n)
+    if args.factor is not None:
+        dout = dout * args.factor[kept].view(-1, 1, 1)
+    left = torch.bmm(dout, args.turned[other].view(-1, n, k)).flatten(1)
+    turned = torch.bmm(dout.transpose(1, 2), args.left[own].view(-1, m, k)).flatten(1)
+    return torch.zeros_like(args.left).index_add(0, own, left), torch.zeros_like(args.turned).index_add(
+        0, other, turned
+    )
+
+
+def _product_gradient(args: ProductGradient, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return _kernels(backend).product_gradient(args) if backend == "native" else product_gradient_reference(args)
+
+
+def _product_gradient_fake(args: ProductGradient) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(args.left), torch.empty_like(args.turned)
+
+
+_both_gradients = define(
+    "product_gradient",
+    ProductGradient,
+    kernel=_product_gradient,
+    fake=_product_gradient_fake,
+    returns="(Tensor left, Tensor turned)",
+)
+
+
 def _transposed(matrices: torch.Tensor, rows: int) -> torch.Tensor:
     """Each row of a table as a matrix with ``rows`` rows, transposed."""
     return matrices.view(matrices.shape[0], rows, matrices.shape[1] // rows).transpose(1, 2).flatten(1)
@@ -124,15 +189,25 @@ def _differentiate(ctx, args: GatherMatmul, tensors, dout: torch.Tensor):
         share = 1 / counts_of(bags, live, wide)[numbers.clamp(max=bags.num_bags - 1)]
         factor = share if factor is None else factor * share
     left, right = by = rows.unbind(1)
+    small = args.right.numel() <= _SMALL_RIGHT and rows.dtype == torch.int32
+    together = small and backend == "native" and {"left", "right"} <= set(ctx.needs) and not torch.is_grad_enabled()
     if bags.offsets is not None or bags.padding_idx >= 0 or backend != "native":
         # Positions that contribute nothing are assigned to a row past the end.
         by = [torch.where(own < 0, table.shape[0], own) for own, table in zip(by, (args.left, args.right), strict=True)]
-    if "left" in ctx.needs:
+    if together:
+        positions, offsets = sort_ids(by[0].unsqueeze(1), args.left.shape[0], backend)
+        paired, turned = torch.stack([numbers.to(rows.dtype), right], 1), _transposed(args.right.to(wide), k)
+        lists = (positions, offsets, paired)
+        values = (args.left.to(wide), turned, dout, factor)
+        for_left, for_right = _both_gradients(ProductGradient(*values, *lists, k), backend)
+        gradients["left"] = for_left.to(args.left.dtype)
+        gradients["right"] = _transposed(for_right, n).to(args.right.dtype)
+    elif "left" in ctx.needs:
         paired = torch.stack([numbers.to(rows.dtype), right], 1)
         turned, shape = _transposed(args.right.to(wide), k), args.left.shape
         found = _sum_by_row(by[0], paired, dout, turned, n, factor, wide, shape[0], backend)
         gradients["left"] = found.to(args.left.dtype)
-    if "right" in ctx.needs:
+    if "right" in ctx.needs and not together:
         bag, values, shape = numbers.to(rows.dtype), args.left.to(wide), args.right.shape
         # leftᵀ·dout, or the transpose of doutᵀ·left: the smaller tensor is transposed.
         if values.numel() <= dout.numel():

@@ -144,17 +144,22 @@ class TensorTrainEmbedding(FusedTable):
         """The cores; with an optimizer, copies of the rows that ids choose, which the backward pass steps."""
         if self.optimizer is None:
             return [getattr(self, name) for name in self.tables]
-        digits = map_ids(ids.reshape(-1), self._maps)
         found = []
-        for name, rows, digit in zip(self.tables, self.row_factors, digits.unbind(1), strict=True):
-            if not ids.is_cpu:
-                # Invalid ids, which raise no error on CUDA, have no digits and refer to a row outside the cores.
-                digit = torch.where(digit < 0, rows, digit)
-            touched = torch.zeros(rows + 1, dtype=torch.bool, device=ids.device)
-            touched = touched.index_fill(0, digit.long(), True)[:rows]
-            chosen = torch.where(touched, torch.arange(rows, device=ids.device), -1)
+        for name, touched in zip(self.tables, self._touched(ids.reshape(-1)), strict=True):
+            chosen = torch.where(touched, torch.arange(len(touched), device=ids.device), -1)
             found.append(self.bags(name, chosen.unsqueeze(1), bounds="drop"))
         return found
+
+    def _touched(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Which rows of each core ``ids (L,)`` choose, bool."""
+        n1, n2, n3 = self.row_factors
+        if len(ids) > n1 * n2:
+            # Marks of pairs of the first two digits, of which there are fewer than ids.
+            sizes = n1 * n2, n3
+            maps = IdMaps.of(sizes, divisors=[n3, 1], limit=self.num_embeddings)
+            both, third = _marks(map_ids(ids, maps), sizes)
+            return [both.view(n1, n2).any(1), both.view(n1, n2).any(0), third]
+        return _marks(map_ids(ids, self._maps), self.row_factors)
 
     def extra_repr(self) -> str:
         """Sizes, ranks and mode, and the optimizer, if any."""
@@ -204,6 +209,18 @@ class TensorTrainEmbedding(FusedTable):
 
         rows, ranks = max((choice for choice in choices if size_of(*choice) <= nbytes), key=fullest)
         return cls(*sizes, ranks, **options | {"row_factors": rows})
+
+
+def _marks(digits: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """For each column of ``digits (L, H)``, which numbers below its size are in it, bool."""
+    found = []
+    for digit, size in zip(digits.unbind(1), sizes, strict=True):
+        if not digits.is_cpu:
+            # Invalid ids, which raise no error on CUDA, have no digits and get a mark of their own.
+            digit = torch.where(digit < 0, size, digit)
+        marks = torch.zeros(size + 1, dtype=torch.bool, device=digits.device)
+        found.append(marks.index_fill(0, digit.long(), True)[:size])
+    return found
 
 
 def _two(dim: int, moduli: tuple[int, int], divisors: tuple[int, int], limit: int) -> Parts:
