@@ -84,6 +84,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kernel_backend", backends)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """Give each worker one half of the tests, and what another has not begun when it is done with it.
+
+    By default workers get small parts in turn, and each prepares again what the tests of a divided file share, such as
+    processes that have run all cases.
+    """
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 # Modules that are kept out of garbage collections.
 _frozen_modules = 0
 
