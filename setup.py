@@ -25,6 +25,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
@@ -108,14 +109,18 @@ def cudart_static_dir(nvcc):
 
 
 def out_of_date(target, source):
-    """Whether an object is older than its source or than a header listed in the dependency file beside it."""
+    """Whether an object is older than its source or than a header listed in the dependency file beside it.
+
+    Headers outside of the project may be gone with the environment that pip made for an earlier build.
+    """
     notes = Path(target).with_suffix(".d")
     if not Path(target).is_file() or not notes.is_file():
         return True
     made = os.stat(target).st_mtime
     # The dependency file is a make rule: "object: source header \\\n header".
-    inputs = notes.read_text().replace("\\\n", " ").split(": ", 1)[-1].split()
-    return any(not os.path.isfile(name) or os.stat(name).st_mtime >= made for name in (source, *inputs))
+    inputs = (source, *notes.read_text().replace("\\\n", " ").split(": ", 1)[-1].split())
+    inputs = [name for name in inputs if os.path.isfile(name) or not os.path.isabs(name)]
+    return any(not os.path.isfile(name) or os.stat(name).st_mtime >= made for name in inputs)
 
 
 def nvcc_command(nvcc, source, target, gencodes):
@@ -184,7 +189,7 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         ext.optional = ext.optional and not can_compile_extensions()
         # Objects are reused, so each set of flags has its own folder, which would be temporary in an editable install.
-        flags = repr((ext.extra_compile_args, *map(os.environ.get, ENVIRONMENT)))
+        flags = repr((pybind11.__version__, ext.extra_compile_args, *map(os.environ.get, ENVIRONMENT)))
         folder = f"objects.{sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
         self.build_temp = os.path.join("build", folder, hashlib.sha256(flags.encode()).hexdigest()[:12])
         # Only objects that are out of date are compiled; without force, a library made of other objects would be kept.

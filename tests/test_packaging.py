@@ -301,6 +301,25 @@ def test_kernels_have_a_source_for_each_instruction_set(build_script, tmp_path, 
     assert {os.stat(path).st_mtime for path in found} == {0}
 
 
+def test_objects_are_as_old_as_what_they_are_made_of(build_script, tmp_path, monkeypatch):
+    out_of_date = build_script()[0]["out_of_date"]
+    monkeypatch.chdir(tmp_path)
+    outside = tmp_path / "outside.h"
+    for path in ("a.cpp", "a.h", "a.o", outside):
+        Path(path).touch()
+        os.utime(path, (1, 1))
+    assert out_of_date("a.o", "a.cpp")
+    Path("a.d").write_text(f"a.o: a.cpp \\\n a.h {outside} /gone/with/an/environment.h\n")
+    os.utime("a.o", (2, 2))
+    assert not out_of_date("a.o", "a.cpp")
+    for path in ("a.cpp", "a.h", outside):
+        os.utime(path, (3, 3))
+        assert out_of_date("a.o", "a.cpp")
+        os.utime(path, (1, 1))
+    Path("a.h").unlink()
+    assert out_of_date("a.o", "a.cpp")
+
+
 @pytest.mark.parametrize(
     ("flags", "isa"),
     [
