@@ -165,6 +165,35 @@ def test_many_codes_are_drawn_in_rounds():
     assert torch.equal(words.sort(0).values, centres)
 
 
+@pytest.mark.parametrize("scale", [1.0, 5e-324])
+def test_draws_from_more_weights_than_multinomial_takes(scale, monkeypatch):
+    """Each index is drawn as often as its weight says, none of weight zero, also where sums are subnormal numbers."""
+    monkeypatch.setattr(residual_quantizer, "_MULTINOMIAL_WEIGHTS", 4)
+    weights = scale * torch.tensor([0.0, 1.0, 0.0, 5.0, 2.0, 0.0], dtype=torch.float64)
+    draws = 8000
+    drawn, again = (
+        residual_quantizer._drawn(weights, draws, torch.Generator().manual_seed(3)).bincount(minlength=6)
+        for _ in range(2)
+    )
+    assert torch.equal(drawn, again) and not drawn[[0, 2, 5]].any()
+    if scale == 1.0:
+        share = weights / weights.sum()
+        # Five standard deviations of a binomial distribution.
+        assert ((drawn - draws * share).abs() <= 5 * (draws * share * (1 - share)).sqrt()).all()
+    alone = scale * torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    assert (residual_quantizer._drawn(alone, 100, torch.Generator().manual_seed(3)) == 2).all()
+
+
+@pytest.mark.parametrize("cluster", [kmeans, balanced_kmeans])
+def test_more_vectors_than_multinomial_takes(cluster, monkeypatch):
+    """As torch.multinomial would, which refuses them; codes drawn one by one and in rounds are all different."""
+    centres = 100 * torch.arange(100.0).unsqueeze(1).expand(-1, 2)
+    monkeypatch.setattr(residual_quantizer, "_MULTINOMIAL_WEIGHTS", 999)
+    monkeypatch.setattr(torch, "multinomial", None)
+    words, chosen = cluster(centres.repeat(10, 1), 100)
+    assert torch.equal(words.sort(0).values, centres) and torch.equal(words[chosen], centres.repeat(10, 1))
+
+
 def test_last_code_tells_items_apart():
     given = torch.tensor([[1, 2], [0, 0], [1, 2], [1, 2], [0, 0]])
     assert unique_codes(given)[:, 2].tolist() == [0, 0, 1, 2, 1]

@@ -28,6 +28,8 @@ _DISTANCES = 1 << 18
 # k-means++ draws this many vectors one by one and at most so many in each later round; k-means is fitted to at most
 # 50,000 rows of a table.
 _SINGLY, _ROUND, _SAMPLE = 64, 512, 50_000
+# torch.multinomial takes at most this many weights.
+_MULTINOMIAL_WEIGHTS = 1 << 24
 
 
 class ResidualQuantization(NamedTuple):
@@ -257,7 +259,7 @@ def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
         weights = distance.double().cpu()
         if float(weights.sum()) > 0:
             draws = 1 if len(chosen) < _SINGLY else min(len(chosen) // 4, _ROUND, count - len(chosen))
-            picks = torch.multinomial(weights, draws, replacement=draws > 1, generator=generator)
+            picks = _drawn(weights, draws, generator)
             if draws > 1:
                 picks = picks[_kept(x[picks.to(x.device)].double().cpu(), weights[picks], generator)]
         else:
@@ -267,6 +269,20 @@ def _spread(x: torch.Tensor, count: int, seed: int) -> torch.Tensor:
         near = drawn if len(picks) == 1 else drawn[nearest(x, drawn)]
         distance = torch.minimum(distance, (x - near).square().sum(-1))
     return words.copy_(x[chosen.to(x.device)])
+
+
+def _drawn(weights: torch.Tensor, draws: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw ``draws`` indices with replacement, with probabilities proportional to ``weights (n,)`` float64.
+
+    More weights than ``torch.multinomial`` takes are drawn from by inverting their cumulative sums.
+    """
+    if len(weights) <= _MULTINOMIAL_WEIGHTS:
+        return torch.multinomial(weights, draws, replacement=draws > 1, generator=generator)
+    sums = weights.cumsum(0)
+    bounds = torch.rand(draws, dtype=torch.float64, generator=generator) * sums[-1]
+    # A product that rounds up to the total would be past the last weight. The first sum above a bound is above the sum
+    # before it, so its weight is not zero.
+    return torch.searchsorted(sums, torch.minimum(bounds, sums[-1].nextafter(sums.new_zeros(()))), right=True)
 
 
 def _kept(drawn: torch.Tensor, weights: torch.Tensor, generator: torch.Generator) -> list[int]:
