@@ -81,6 +81,26 @@ def test_published_threshold():
     assert table.weight.grad.item() == 1 and table.thresholds.grad.item() == pytest.approx(-0.19661, abs=5e-6)
 
 
+@pytest.mark.parametrize("num_embeddings", [1, 2])
+@pytest.mark.parametrize("shape", ["table", "column", "row", "entry"])
+def test_thresholds_of_rows_and_entries_are_in_the_fused_step(shape, num_embeddings):
+    """Those of one row too; thresholds that rows share keep their gradient for an optimizer of the user's."""
+    how = {"criterion": "thresholds", "threshold_shape": shape, "initial_threshold": -1.0, "dtype": torch.float64}
+    plain = PrunedEmbedding(num_embeddings, 3, 1.0, **how)
+    fused = PrunedEmbedding(num_embeddings, 3, 1.0, **how, optimizer=gossamer.optim.SGD(lr=0.5))
+    for table in (plain, fused):
+        table.weight.data.fill_(0.9)
+        table.lookup(torch.arange(num_embeddings)).square().sum().backward()
+    gradient = plain.thresholds.grad
+    assert (gradient != 0).all()
+    assert_near(fused.weight, plain.weight - 0.5 * plain.weight.grad)
+    if shape in ("row", "entry"):
+        assert fused.thresholds.grad is None and not fused.thresholds.requires_grad
+        assert_near(fused.thresholds, plain.thresholds - 0.5 * gradient)
+    else:
+        assert torch.equal(fused.thresholds, plain.thresholds) and torch.equal(fused.thresholds.grad, gradient)
+
+
 def test_published_schedule():
     table = PrunedEmbedding(10, 10, 0.1)
     shares = [table.sparsity(step) for step in (100, 1000, 5000, 68_740)]

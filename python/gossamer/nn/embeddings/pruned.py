@@ -178,7 +178,7 @@ class PrunedEmbedding(FusedTable):
         elif criterion == "thresholds":
             shape = {"table": (1, 1), "column": (1, embedding_dim), "row": (num_embeddings, 1)}
             thresholds = torch.nn.Parameter(torch.empty(shape.get(threshold_shape, self.weight.shape), **factory))
-            if thresholds.shape[0] == num_embeddings > 1:
+            if threshold_shape in ("row", "entry"):
                 self.tables = ("weight", "thresholds")
         self.register_parameter("scales", scales)
         self.register_parameter("thresholds", thresholds)
@@ -210,10 +210,8 @@ class PrunedEmbedding(FusedTable):
             groups = self.group_of_id if ids is None else self.group_of_id.index_select(0, ids)
             rows = rows * self.scales[groups.long()]
         if self.thresholds is not None:
-            if ids is None or self.thresholds.shape[0] != self.num_embeddings or self.num_embeddings == 1:
-                thresholds = self.thresholds
-            else:
-                thresholds = self.rows("thresholds", ids)
+            is_by_id = ids is not None and "thresholds" in self.tables
+            thresholds = self.rows("thresholds", ids) if is_by_id else self.thresholds
             rows = rows.sign() * (rows.abs() - thresholds.sigmoid()).relu()
         if self.mask is not None:
             rows = rows * (self.mask if ids is None else self.mask.index_select(0, ids))
