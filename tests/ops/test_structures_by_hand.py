@@ -186,6 +186,36 @@ def test_a_topology_by_hand_works_and_is_looked_at_again_when_it_changes():
             call()
 
 
+@pytest.mark.parametrize("value", [-(2**31), -1, 129, 2**31 - 1])
+def test_writes_to_tensors_that_are_checked_once(value):
+    """Kernels are safe from them: schedules are not read, live rows out of range mean all, expert offsets are compared.
+
+    Products read live rows where they have rectangles, so that these change the results at first.
+    """
+    routed = gossamer.dispatch(torch.arange(160).lt(60).long().unsqueeze(1), 2)
+    made = BlockTopology.from_dispatch(routed, 128, 128, skip_padding=True)
+    own = replace(made, **{k: v.clone() for k, v in vars(made).items() if isinstance(v, torch.Tensor)})
+    x, weight = torch.randn(own.shape[0], 64), torch.randn(64, own.shape[1])
+
+    def products(t):
+        hidden = gossamer.sdd(x, weight, t)
+        return hidden.values, gossamer.dsd(hidden, weight.T), gossamer.dsd(hidden.t(), x)
+
+    with gossamer.backend("native"):
+        whole = products(replace(made, live_rows=None))
+        assert not any(torch.equal(found, wanted) for found, wanted in zip(products(own), whole, strict=True))
+        own.padded_places(routed)
+        for tensor in (own.row_schedule, own.column_schedule, own.live_rows):
+            tensor.fill_(value)
+        for found, wanted in zip(products(own), whole, strict=True):
+            assert torch.equal(found, wanted)
+        for place in range(3):
+            own.padded_offsets.copy_(made.padded_offsets)
+            own.padded_offsets[place] = value if value != 129 else (300, -5, 100)[place]
+            with pytest.raises(ValueError, match=r"must be the one that BlockTopology\.from_dispatch made"):
+                own.padded_places(routed)
+
+
 @pytest.mark.parametrize("moved", ["slots", "offsets"])
 def test_places_of_a_dispatch_with_a_part_on_meta(moved):
     """They were memory that nobody wrote to."""

@@ -436,7 +436,12 @@ def _sizes_alone(grid: tuple[int, int], block: tuple[int, int], nnz: int) -> Blo
 
 
 def _tensors(t: BlockTopology) -> tuple[torch.Tensor, ...]:
-    """The tensors that native products follow."""
+    """The tensors that native products follow as they are, so that a write to them needs a new check.
+
+    A write to another one cannot make a kernel leave its memory. Native kernels read no schedule, and those of Triton
+    clamp its entries. Numbers of live rows or columns out of range mean all. ``expert_places`` compares every entry of
+    ``padded_offsets`` with its neighbours and the sizes before it writes.
+    """
     order = t.order_t if t.order is None else t.order
     rows, columns = (t.row_offsets, t.column_indices, t.row_indices), (t.column_offsets, t.row_indices_t)
     return *rows, *columns, t.column_indices_t, order
