@@ -137,12 +137,26 @@ def test_settling_waits_for_the_medians_to_agree_and_no_longer_than_told():
     assert not timing.settle(lambda: time.sleep(0.001) or 1.1 ** next(growing), limit=0.05)
 
 
+@pytest.fixture
+def naps(monkeypatch):
+    """A clock that only samples and naps advance."""
+    now = {"s": 0.0, "naps": 0}
+
+    def nap(seconds):
+        now["s"] += seconds
+        now["naps"] += 1
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now["s"])
+    monkeypatch.setattr(timing.time, "sleep", nap)
+    return now
+
+
 def taking(seconds):
     return lambda: time.sleep(seconds) or seconds
 
 
 @pytest.mark.parametrize(("patience", "rounds"), [(0.01, timing.MIN_ROUNDS), (60.0, timing.ROUNDS)])
-def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch, patience, rounds):
+def test_calls_take_turns_and_slow_ones_sit_out(naps, monkeypatch, patience, rounds):
     monkeypatch.setattr(timing, "MAX_ROUNDS", 30)
     monkeypatch.setattr(timing, "ROUNDS_SECONDS", patience)
     order = []
@@ -158,7 +172,7 @@ def test_calls_take_turns_and_slow_ones_sit_out(monkeypatch, patience, rounds):
     assert turns.samples == {"slow": dict.fromkeys(range(rounds), 0.02), "quick": dict.fromkeys(range(30), 0.0)}
 
 
-def test_calls_whose_ratio_counts_share_their_time_and_sit_out_together(monkeypatch):
+def test_calls_whose_ratio_counts_share_their_time_and_sit_out_together(naps, monkeypatch):
     monkeypatch.setattr(timing, "MAX_ROUNDS", 1000)
     samplers = {"ours": taking(0.002), "peer": taking(0.002), "dense": taking(0.006)}
     turns = timing.Turns(samplers, budget=0.8, compared=("ours", "dense"))
@@ -171,7 +185,7 @@ def test_calls_whose_ratio_counts_share_their_time_and_sit_out_together(monkeypa
     assert timing.ROUNDS < len(only.samples["ours"]) <= 50
 
 
-def test_time_is_spread_over_visits(monkeypatch):
+def test_time_is_spread_over_visits(naps, monkeypatch):
     """Each of three visits has a third of the rounds of all."""
     monkeypatch.setattr(timing, "PRECISE", 0.0)
     turns = timing.Turns({"ours": taking(0.001), "dense": taking(0.001), "peer": taking(0.001)}, 0.0, ("ours", "dense"))
@@ -235,7 +249,7 @@ def test_rounds_for_an_uncertain_ratio_begin_in_time(monkeypatch):
     assert len(turns.samples["ours"]) == 5
 
 
-def test_a_call_has_no_more_rounds_without_those_it_is_compared_with(monkeypatch):
+def test_a_call_has_no_more_rounds_without_those_it_is_compared_with(naps, monkeypatch):
     """They have had their seconds after six rounds, more than the rounds of each call."""
     monkeypatch.setattr(timing, "ROUNDS_SECONDS", 0.055)
     samplers = {"ours": taking(0.01), "dense": taking(0.01), "swinging": swing(0.001, 0.0012)}
@@ -291,20 +305,6 @@ def test_distance_of_cores_is_the_larger_around_each_sample():
     turns = timing.Turns({"a": lambda: 0.0, "b": lambda: 0.0}, 0.0, cores=Cores(lambda: next(distances, 1.0)))
     turns.take(1.0)
     assert [turns.distances[name][round_] for round_, name in [(0, "a"), (0, "b"), (1, "b"), (1, "a")]] == [4, 4, 1, 1]
-
-
-@pytest.fixture
-def naps(monkeypatch):
-    """A clock that only samples and naps advance."""
-    now = {"s": 0.0, "naps": 0}
-
-    def nap(seconds):
-        now["s"] += seconds
-        now["naps"] += 1
-
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now["s"])
-    monkeypatch.setattr(timing.time, "sleep", nap)
-    return now
 
 
 def test_samples_wait_for_cores_to_come_together(naps):
