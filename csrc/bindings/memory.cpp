@@ -44,6 +44,9 @@ void register_memory(py::module_& m) {
   m.def(
       "advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
       "Ask for huge pages under a fresh allocation.");
+  m.def(
+      "collapse_huge_pages", [](uintptr_t data, size_t bytes) { collapse_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      py::call_guard<py::gil_scoped_release>(), "Move memory that is in use to huge pages.");
   m.def("take_pages", &take_pages, "A reusable block of at least so many bytes, as a DLPack capsule.");
   m.def(
       "trim_pages", [] { return PagePool::instance().trim(); },

@@ -28,14 +28,29 @@ Scratch allocate_scratch(size_t bytes) {
   return Scratch(data, ScratchDelete{bytes});
 }
 
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+namespace {
+
+// Gives the kernel advice about the whole huge pages of a range. Only advice: if the kernel refuses, small pages work too.
+void advise([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes, [[maybe_unused]] int advice) {
+#if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  // Only advice: if the kernel refuses, small pages work too.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 #endif
+}
+
+}  // namespace
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  advise(data, bytes, MADV_HUGEPAGE);
+#endif
+}
+
+void collapse_huge_pages(void* data, size_t bytes) {
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1, which many headers lack
+  advise(data, bytes, kCollapse);
 }
 
 }  // namespace gossamer

@@ -44,4 +44,7 @@ class PagePool {
   size_t learned_ = 0;  // bytes to hold beyond those that were in use at one time
 };
 
+// Moves memory that is in use to huge pages, such as what the C library had kept on small ones.
+void collapse_huge_pages(void* data, size_t bytes);
+
 }  // namespace gossamer

@@ -36,15 +36,18 @@ def arranged(codes: torch.Tensor, layout: str) -> torch.Tensor:
     """
     e, n, _ = codes.shape
     out = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
-    if layout == PANELS and not is_compiling() and type(out) is torch.Tensor and out.is_cpu:
-        if _backend.native_unavailable() is None:
-            from gossamer.cpu_kernels.hash_table import advise_huge_pages
+    native = layout == PANELS and not is_compiling() and type(out) is torch.Tensor and out.is_cpu
+    if native := native and _backend.native_unavailable() is None:
+        from gossamer.cpu_kernels.hash_table import advise_huge_pages, collapse_huge_pages
 
-            advise_huge_pages(out)
+        advise_huge_pages(out)
     shapes = {ROWS: (e, n // _PANEL_ROWS, _PANEL_ROWS, -1), PANELS: (e, n // _PANEL_ROWS, -1, _PANEL_ROWS)}
     source = codes if codes.storage_offset() % _WORD == 0 else codes.clone()
     source = _words(source).view(shapes[ROWS if layout == PANELS else PANELS])
     _words(out).view(shapes[layout]).copy_(source.transpose(2, 3))
+    if native:
+        # The C library may have taken memory that was in use before, on small pages.
+        collapse_huge_pages(out)
     return out
 
 

@@ -27,6 +27,11 @@ def advise_huge_pages(tensor: torch.Tensor) -> None:
     _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
+def collapse_huge_pages(tensor: torch.Tensor) -> None:
+    """Move memory that is in use to huge pages."""
+    _C.collapse_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def result(shape: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
     """An uninitialised result in the dtype of ``values``."""
     return empty_huge(shape, values.dtype)
