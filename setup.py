@@ -179,7 +179,8 @@ def with_macros(source, macros):
     if not macros:
         return source
     folder = "_".join(macro.removeprefix("GOSSAMER_").lower() for macro in macros)
-    text = "".join(f"#define {macro} 1\n" for macro in macros) + f'#include "{Path(source).relative_to("csrc")}"\n'
+    # In angle brackets: a quoted name is first looked up beside the generated source, which may have the same name.
+    text = "".join(f"#define {macro} 1\n" for macro in macros) + f"#include <{Path(source).relative_to('csrc')}>\n"
     return generated(f"{folder}/{Path(source).name}", text)
 
 
