@@ -13,10 +13,20 @@ import torch
 _values: ContextVar[Mapping[Slot, object]] = ContextVar("gossamer_calls", default=MappingProxyType({}))
 # Under this key torch passes the contextvars of the thread that called backward() to autograd's threads.
 _BACKWARD_CONTEXT = "context"
+# Before torch 2.13, torch.compile does not trace again when the value in a thread's local changes.
+_GUARDS_LOCALS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 class _Local(threading.local):
     value: object = None
+
+
+def _read(local: _Local) -> object:
+    return local.value
+
+
+if not _GUARDS_LOCALS:
+    _read = torch.compiler.disable(_read, reason="torch before 2.13 does not guard values of threads")
 
 
 class Slot:
@@ -24,7 +34,8 @@ class Slot:
 
     Each thread and each asyncio task sees its own value. A backward pass sees the value of the thread that called it,
     even if autograd runs it in other threads. Code traced by ``torch.compile`` sees the value of its thread, and is
-    traced again for another value. Copied and unpickled slots are new slots.
+    traced again for another value; before torch 2.13 the graph breaks where it reads the value. Copied and unpickled
+    slots are new slots.
     """
 
     def __init__(self) -> None:
@@ -36,7 +47,7 @@ class Slot:
     def get(self) -> object:
         """The value, or None."""
         if torch.compiler.is_compiling():
-            return self._local.value
+            return self._local.value if _GUARDS_LOCALS else _read(self._local)
         values = _values.get()
         if not values and torch._C._is_key_in_tls(_BACKWARD_CONTEXT):
             values = torch._C._get_obj_in_tls(_BACKWARD_CONTEXT).get(_values, values)
