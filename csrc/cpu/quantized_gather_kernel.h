@@ -12,14 +12,19 @@ constexpr int kFewQuantized = GOSSAMER_VECTOR_BYTES / sizeof(float);
 template <int Tokens>
 constexpr int kCodeVectors = Tokens < kFewQuantized ? 2 : 1;
 
-// Words of codes of a step along the depth, for vectors of rows: word i of vector v has the codes of one row in each lane.
+// Words of codes of a step along the depth, for vectors of rows: word i of vector v has the codes of one row in each lane. Prefetches
+// for a word are where the rows', or the panels', next words are: kLanes words go `step` apart, and the next ones start `turn` later.
 template <int Vectors>
 struct CodeWords {
   const uint8_t* words[Vectors];
-  int64_t ahead;  // bytes from a word of a panel to one of a later step; 0 of words that are not in panels
+  const uint8_t* ahead[Vectors];
+  uint64_t step, turn;
 
   UInts at(int v, int64_t i) const { return load_bytes<UInts>(words[v] + i * kStride); }
-  void fetch_ahead(int v, int64_t i) const { __builtin_prefetch(words[v] + i * kStride + ahead, 0, 2); }
+  void fetch_ahead(int v, uint64_t i) const {
+    constexpr uint64_t lanes = kLanes<float>;
+    __builtin_prefetch(ahead[v] + i % lanes * step + i / lanes * turn, 0, 2);
+  }
 
   // Bytes from a word to the next: words of a panel of codes, of which vectors are parts.
   static constexpr int64_t kStride = kCodePanel * kWordBytes;
@@ -58,17 +63,24 @@ class CodeRows {
     const int64_t per_byte = w.columns / w.row_bytes(), from = k / per_byte;
     CodeWords<Vectors> out;
     if (w.in_panels) {
-      for (int v = 0; v < Vectors; ++v) out.words[v] = rows_[v * kLanesOf] + from * kCodePanel;
-      out.ahead = (ahead(k, columns, kPanelSteps) / per_byte - from) * kCodePanel;
+      const int64_t distance = ahead(k, columns, kPanelSteps) / per_byte * kCodePanel;
+      for (int v = 0; v < Vectors; ++v) {
+        out.words[v] = rows_[v * kLanesOf] + from * kCodePanel;
+        out.ahead[v] = rows_[v * kLanesOf] + distance;
+      }
+      out.step = stride;
+      out.turn = kLanesOf * stride;
       return out;
     }
     const int64_t end = (std::min(w.columns, k + columns) + per_byte - 1) / per_byte;
     for (int v = 0; v < Vectors; ++v) {
       uint8_t* to = memory + v / in_panel * (columns / per_byte * kCodePanel) + v % in_panel * sizeof(UInts);
-      gather(rows_ + v * kLanesOf, from, end, ahead(k, columns, 2) / per_byte - from, to);
+      gather(rows_ + v * kLanesOf, from, end, to);
       out.words[v] = to;
+      out.ahead[v] = rows_[v * kLanesOf] + ahead(k, columns, 2) / per_byte;
     }
-    out.ahead = 0;
+    out.step = w.row_bytes();
+    out.turn = 64;
     return out;
   }
 
@@ -97,10 +109,9 @@ class CodeRows {
     return past < 0 ? place : next + past;
   }
 
-  // The words of a vector's rows from byte `from` to `end`; the last ones are filled up with zeros. Prefetches what comes `ahead`
-  // bytes later. Inlined, compilers keep the vectors in memory.
-  static __attribute__((noinline)) void gather(const uint8_t* const* rows, int64_t from, int64_t end, int64_t ahead,
-                                               uint8_t* to) {
+  // The words of a vector's rows from byte `from` to `end`; the last ones are filled up with zeros. Inlined, compilers keep the
+  // vectors in memory.
+  static __attribute__((noinline)) void gather(const uint8_t* const* rows, int64_t from, int64_t end, uint8_t* to) {
     constexpr int lanes = kLanesOf;
     constexpr int64_t bytes = sizeof(UInts), stride = CodeWords<Vectors>::kStride;
     const auto transposed = [](Vec<float>(&v)[lanes], uint8_t* to) __attribute__((always_inline)) {
@@ -112,10 +123,7 @@ class CodeRows {
     for (; at + bytes <= end; at += bytes, to += lanes * stride) {
       Vec<float> v[lanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) {
-        v[i] = load_bytes<Vec<float>>(rows[i] + at);
-        if (at % 64 == 0 || bytes == 64) __builtin_prefetch(rows[i] + at + ahead, 0, 2);
-      }
+      for (int i = 0; i < lanes; ++i) v[i] = load_bytes<Vec<float>>(rows[i] + at);
       transposed(v, to);
     }
     if (at < end) {
