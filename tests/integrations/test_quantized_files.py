@@ -141,7 +141,7 @@ def test_files_that_lack_experts_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"names the experts model\.layers\.9\.mlp\.experts\.down_proj, which"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must have a format, or say what experts there are"):
+    with pytest.raises(ValueError, match="must have a format or a description of the experts, got neither"):
         QuantizedExpertsConfig()
 
 

@@ -183,7 +183,6 @@ def test_caches_of_compiled_code_know_the_operators(tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
 
     def cached(version):
         _registration.key_compiled_code(version)
@@ -192,9 +191,11 @@ def test_caches_of_compiled_code_know_the_operators(tmp_path, monkeypatch):
         torch.compile(gossamer.activate)(torch.randn(4, 6))
         return counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
 
-    assert cached("1") == (0, 1)
-    assert torch.compiler.config.cache_key_tag.startswith("mine;gossamer-")
-    assert cached("1") == (1, 0)
-    assert cached("2") == (0, 1)
-    monkeypatch.setattr(_registration, "_SCHEMAS", [*_registration._SCHEMAS, "one_more(Tensor x) -> Tensor"])
-    assert cached("2") == (0, 1)
+    # Not by monkeypatch, which would delete the setting afterwards: it is no attribute of the module's own.
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        assert cached("1") == (0, 1)
+        assert torch.compiler.config.cache_key_tag.startswith("mine;gossamer-")
+        assert cached("1") == (1, 0)
+        assert cached("2") == (0, 1)
+        monkeypatch.setattr(_registration, "_SCHEMAS", [*_registration._SCHEMAS, "one_more(Tensor x) -> Tensor"])
+        assert cached("2") == (0, 1)

@@ -142,6 +142,5 @@ TestClusters = RouterContract.over(dropout=clusters(), all=clusters(dropout=0.0,
 
 
 def test_weights_elsewhere_are_refused():
-    routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1, device="meta"), 2, torch.randn(2, 2))
     with pytest.raises(ValueError, match="weights must be on the device of expert_ids, cpu, got meta"):
-        cluster_variance_loss(routing, 1)
+        Routing(torch.tensor([[0], [1]]), torch.ones(2, 1, device="meta"), 2, torch.randn(2, 2))
