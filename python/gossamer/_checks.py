@@ -273,6 +273,12 @@ def check_scale(name: str, scale: float | torch.Tensor) -> float:
         return scale.item()
     if not isinstance(scale, (float, numbers.Real, torch.SymFloat, torch.SymInt)) or isinstance(scale, bool):
         raise TypeError(f"{name} must be a number, got {scale!r}")
+    if isinstance(scale, int) and not -(2**63) <= scale < 2**63:
+        # torch multiplies tensors by no int of more than 64 bits.
+        try:
+            return float(scale)
+        except OverflowError:
+            raise ValueError(f"{name} must fit a float, got an int of {scale.bit_length()} bits") from None
     return scale
 
 

@@ -57,6 +57,17 @@ def test_by_hand(any_backend, device):
     assert found["b"].tolist() == [[-2], [8], [10]]
 
 
+def test_scales_of_more_than_64_bits(any_backend, device):
+    """They are floats to torch, in both directions."""
+    inputs, found = make_inputs(device, m=3, n=5, c=7, r=2), []
+    for scale in (2**63, float(2**63)):
+        function, _ = functions(any_backend, scale=scale)
+        found.append(run(function, inputs, ["x", "a", "b"], torch.ones(3, 5, device=device)))
+    assert_same_bits(*found)
+    with pytest.raises(ValueError, match="scale must fit a float, got an int of 2001 bits"):
+        gossamer.low_rank_linear(**inputs, scale=2**2000)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_against_float64(kernel_backend, dtype, device, dropout):
     """The product and all gradients, with and without dropout."""
