@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -35,3 +37,30 @@ def ragged(rng: random.Random, bags: int, most: int) -> torch.Tensor:
     """``(bags+1,)`` int64 offsets of lists of up to ``most`` ids."""
     lengths = [rng.randint(0, most) for _ in range(bags)]
     return torch.tensor([0, *lengths]).cumsum(0)
+
+
+_nudges: torch.Generator | None = None
+
+
+@contextmanager
+def nudging(seed: int) -> Iterator[None]:
+    """A call inside is one of slightly other numbers: :func:`nudged` changes them."""
+    global _nudges
+    _nudges = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        _nudges = None
+
+
+def nudged(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``; inside :func:`nudging`, with the rounding errors of a few operations added."""
+    if _nudges is None or tensor.dtype not in FLOATS or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return tensor
+    noise = torch.randn(tensor.shape, generator=_nudges, dtype=torch.float64).to(tensor.dtype)
+    return tensor * (1 + 4 * torch.finfo(tensor.dtype).eps * noise)
+
+
+def loss(y: torch.Tensor) -> torch.Tensor:
+    """The sum of squares in float64; its gradients take part in :func:`nudging`."""
+    return nudged(y if y.dtype == torch.float64 else y.float()).double().square().sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from draws import FLOATS, ids, ragged, randn, size
+from draws import FLOATS, ids, loss, ragged, randn, size
 from subjects_tables import bags, optimizer, trained
 
 import gossamer
@@ -233,7 +233,7 @@ def gather_compose(rng):
         handle = torch.ones((), requires_grad=True)
         y = step(**args, handle=handle)
         if y.requires_grad and y.numel() and not y.is_meta:
-            y.double().square().sum().backward()
+            loss(y).backward()
         return y.detach(), args["table"], *args["state"].values()
 
     call.__qualname__ = "gather_compose_step"
@@ -268,7 +268,7 @@ def differentiated(call):
         leaves = [value for value in given.values() if isinstance(value, torch.Tensor) and value.requires_grad]
         if not y.requires_grad or y.is_meta or not y.isfinite().all():
             return (y.detach(),)
-        gradients = torch.autograd.grad(y.double().square().sum(), leaves, allow_unused=True)
+        gradients = torch.autograd.grad(loss(y), leaves, allow_unused=True)
         return y.detach(), *(g for g in gradients if g is not None)
 
     both.__qualname__ = call.__qualname__

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from draws import FLOATS, PARAMETERS, ids, randn, size
+from draws import FLOATS, PARAMETERS, ids, loss, randn, size
 
 import gossamer
 from gossamer import nn
@@ -37,7 +37,7 @@ def layer_call(make: Callable[..., torch.nn.Module], inputs: tuple[str, ...], po
         if outputs.requires_grad and (outputs.is_meta or (outputs.isfinite().all() and not kinked)):
             leaves = [p for p in layer.parameters() if p.requires_grad]
             leaves += [v for v in given.values() if isinstance(v, torch.Tensor) and v.requires_grad and v.is_leaf]
-            gradients = torch.autograd.grad(outputs.double().square().sum(), leaves, allow_unused=True)
+            gradients = torch.autograd.grad(loss(outputs), leaves, allow_unused=True)
         return outputs.detach(), *(g for g in gradients if g is not None)
 
     call.__qualname__ = getattr(make, "__qualname__", repr(make))

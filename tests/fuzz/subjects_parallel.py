@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from draws import ids, ragged, randn, size
+from draws import ids, loss, ragged, randn, size
 from subjects_modules import routing
 from subjects_tables import optimizer
 from torch import distributed as dist
@@ -45,7 +45,7 @@ def divided_experts(rng):
                 y = module(x, routing)
                 gradients = []
                 if y.requires_grad and not y.is_meta:
-                    y.double().square().sum().backward()
+                    loss(y).backward()
                     gradients = [p.grad.full_tensor() for p in module.parameters() if p.grad is not None]
                 counts = torch.tensor(list(parallel.check_overflow(module).values()))
             except RuntimeError as error:
@@ -103,7 +103,7 @@ def divided_tables(rng):
             )
             y = [model.bag(ids, offsets), model.table(ids)] if found is None else list(found.values())
             if any(part.requires_grad and part.numel() for part in y):
-                sum(part.double().square().sum() for part in y if part.requires_grad).backward()
+                sum(loss(part) for part in y if part.requires_grad).backward()
             return tuple(part.detach() for part in y)
 
     call.__qualname__ = "shard_tables"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from draws import ids, randn, size
+from draws import ids, loss, randn, size
 from subjects_modules import layer_call, routing
 
 from gossamer import nn
@@ -91,7 +91,7 @@ def permuted(rng):
             y = layer(x)
             found.append(y.detach())
             if y.requires_grad and not y.is_meta:
-                y.double().square().sum().backward()
+                loss(y).backward()
             nn.step_routers(layer)
         if not permutation.per_part and not permutation.searching:
             layer.router = permutation.absorb(layer.experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from draws import FLOATS, ids, ragged, randn, size
+from draws import FLOATS, ids, loss, ragged, randn, size
 
 import gossamer
 from gossamer import nn, optim
@@ -246,7 +246,7 @@ def trained(make, inputs):
             outputs.append(y.detach())
             layer.zero_grad()
             if y.requires_grad:
-                y.double().square().sum().backward()
+                loss(y).backward()
         layer.eval()
         with torch.no_grad():
             outputs.append(layer(**given))

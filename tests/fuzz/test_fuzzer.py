@@ -38,3 +38,11 @@ def test_differences_are_found():
     for other in (torch.ones(2), ones.double(), ones * 1.01, ones / 0, (ones, ones)):
         assert fuzzer.different(other, ones) is not None
     assert fuzzer.different(torch.tensor([1, 2]), torch.tensor([1, 3])) is not None
+
+
+def test_a_result_that_rounding_errors_decide_is_no_finding():
+    """The sign of a sum that cancels is one; the sum itself is not."""
+    args = {"x": torch.tensor([0.1, 0.2, -0.3])}
+    calls = {True: lambda x: (x + 1 - 1).sum().sign(), False: lambda x: x.sum() + 1}
+    for unstable, call in calls.items():
+        assert fuzzer.unstable(call, args, call(**args)) is unstable

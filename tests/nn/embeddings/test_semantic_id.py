@@ -6,6 +6,7 @@ import pytest
 import torch
 from contracts import TrainedTableContract, assert_near
 
+import gossamer
 from gossamer.nn import ResidualQuantizer, SemanticIdEmbedding, balanced_kmeans, unique_codes
 from gossamer.nn.embeddings import residual_quantizer
 from gossamer.nn.embeddings.residual_quantizer import kmeans, nearest
@@ -132,6 +133,23 @@ def test_nearest_words(n, k, dim):
     generator = torch.Generator().manual_seed(n)
     x, words = (torch.randint(-3, 4, (rows, dim), generator=generator).float() for rows in (n, k))
     assert torch.equal(nearest(x, words), (x.unsqueeze(1) - words).double().square().sum(-1).argmin(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nearest_of_equal_words_is_the_first(dtype, compiled):
+    """Products may round the columns of equal words differently; zeros of both signs are equal."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randn(3, 6, generator=generator, dtype=torch.float64).to(dtype)
+    words[0, 0] = 0.0
+    words = words[[2, 0, 1, 0, 1, 2, 0, 0, 1, 2, 1]]
+    words[6, 0] = -0.0
+    x = words[torch.randint(11, (500,), generator=generator)]
+    x = x + torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) / 1024
+    find = torch.compile(nearest, fullgraph=True) if compiled else nearest
+    with gossamer.backend("reference"):
+        assert set(find(x, words).tolist()) == {0, 1, 2}
+    assert set(nearest(x, words).tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("size", [1e19, 3e38])

@@ -28,6 +28,9 @@ _DISTANCES = 1 << 18
 # k-means++ draws this many vectors one by one and at most so many in each later round; k-means is fitted to at most
 # 50,000 rows of a table.
 _SINGLY, _ROUND, _SAMPLE = 64, 512, 50_000
+# Integers as wide as a float, by its bytes; and an odd number whose powers weigh them.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_HASH_BASE = 0x9E3779B97F4A7C15
 # torch.multinomial takes at most this many weights.
 _MULTINOMIAL_WEIGHTS = 1 << 24
 
@@ -189,7 +192,22 @@ def nearest(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     lengths = words.square().sum(-1)
     size = max(1, _DISTANCES // len(words))
     parts = [flat] if torch.compiler.is_compiling() or len(flat) <= size else flat.split(size)
-    return torch.cat([torch.addmm(lengths, part, words.T, alpha=-2).argmin(-1) for part in parts]).view(x.shape[:-1])
+    found = torch.cat([torch.addmm(lengths, part, words.T, alpha=-2).argmin(-1) for part in parts])
+    return _first_of_equals(words)[found].view(x.shape[:-1])
+
+
+def _first_of_equals(words: torch.Tensor) -> torch.Tensor:
+    """``(K,)`` the first word equal to each: a product may round the columns of equal words differently.
+
+    Words are sorted by a hash of their bits. A word whose hash an unequal one before it shares stands for itself.
+    """
+    # Adding zero makes negative zeros positive.
+    bits = (words.detach() + 0.0).view(_BITS[words.element_size()]).long()
+    factors = [pow(_HASH_BASE, power, 2**63) for power in range(1, words.shape[1] + 1)]
+    hashes, order = (bits * torch.tensor(factors, device=words.device)).sum(1).sort(stable=True)
+    first = order[torch.searchsorted(hashes, hashes)]
+    first = torch.where((words[first] == words[order]).all(1), first, order)
+    return order.scatter(0, order, first)
 
 
 def _nearest_number(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
