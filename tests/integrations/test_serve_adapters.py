@@ -146,6 +146,12 @@ BAD = {
     "unknown option": ({"use_tomorrow": 1}, None, "use_tomorrow=1"),
     "another method": ({"peft_type": "LOHA"}, None, "must be of peft_type 'LORA', got 'LOHA'"),
     "no alpha": ({"lora_alpha": None}, None, "lora_alpha of .* must be a number, got None"),
+    "an alpha beyond floats": ({"lora_alpha": 10**400}, None, "lora_alpha of .* must be a number, got 1000"),
+    "an alpha of a pattern": (
+        {"alpha_pattern": {"q": "2"}},
+        None,
+        r"alpha_pattern\['q'\] of .* must be a number, got '2'",
+    ),
     "unknown module": (
         {},
         lambda w: w | {KEY.replace("0", "7"): w[KEY].clone()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,9 +63,13 @@ def _read_config(name: str, folder: Path) -> dict[str, object]:
         refused.append(f"bias={config['bias']!r}")
     if refused:
         raise ValueError(f"adapter {name!r} sets options that cannot be served beside others: {', '.join(refused)}")
-    for key in ("lora_alpha", "r"):
-        value = config.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"adapter {name!r}: alpha_pattern of {path} must be a mapping, got {patterns!r}")
+    alphas = {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in patterns.items()}
+    for key, value in {"lora_alpha": config.get("lora_alpha"), "r": config.get("r"), **alphas}.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not abs(value) <= sys.float_info.max:
             raise ValueError(f"adapter {name!r}: {key} of {path} must be a number, got {value!r}")
     return config
 
