@@ -35,9 +35,27 @@ def typed(value: object) -> str:
     return kind.__name__
 
 
+def shown(value: object) -> str:
+    """A number in words of at most some hundred letters."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an int of {value.bit_length()} bits"
+    return str(value)
+
+
 def check_positive(**sizes: int) -> None:
     """Every size given must be an int of at least 1."""
     _check_sizes(1, sizes)
+
+
+def check_widths(**sizes: int) -> None:
+    """The sizes of a layer, ints of at least 1: parameters have sizes that are products of two, and fit an int64."""
+    _check_sizes(1, sizes)
+    if torch.compiler.is_compiling() or any(type(size) is not int for size in sizes.values()):
+        return
+    largest = sorted(sizes, key=sizes.__getitem__)[-2:]
+    if math.prod(sizes[name] for name in largest) > 2**60:
+        values = " · ".join(str(sizes[name]) for name in largest)
+        raise ValueError(f"{' · '.join(largest)} must be at most 2**60, got {values}")
 
 
 def check_sizes(**sizes: int) -> None:
@@ -50,9 +68,9 @@ def _check_sizes(least: int, sizes: dict[str, int]) -> None:
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {typed(size)}")
         if size < least:
-            raise ValueError(f"{name} must be at least {least}, got {size}")
+            raise ValueError(f"{name} must be at least {least}, got {shown(size)}")
         if type(size) is int and size > MAX_SIZE:
-            raise ValueError(f"{name} must be at most {MAX_SIZE}, got {size}")
+            raise ValueError(f"{name} must be at most {MAX_SIZE}, got {shown(size)}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -78,7 +96,9 @@ def check_number(
     finite: bool = False,
     optional: bool = False,
 ) -> None:
-    """``value`` must be a real number within the bounds given, not a bool or NaN; with ``optional`` it may be None.
+    """``value`` must be a float or an int of 64 bits, which torch computes with, within the bounds given.
+
+    It must not be a bool or NaN; with ``optional`` it may be None.
 
     Args:
         name: name of the argument.
@@ -95,6 +115,11 @@ def check_number(
     # float first: isinstance of an abstract class takes a microsecond.
     if not isinstance(value, (float, numbers.Real)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {type(value).__name__}")
+    if not isinstance(value, float) and isinstance(value, numbers.Rational):
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be a float or an int, got {type(value).__name__}")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must be a float or an int of 64 bits, got {shown(value)}")
     # Comparisons only: compilers may make the number symbolic, and functions of math do not take symbols.
     if (
         value != value
@@ -125,15 +150,25 @@ def check_seed(seed: object, name: str = "seed") -> None:
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"{name} must be an int, got {type(seed).__name__}")
     if not 0 <= seed < 2**63:
-        raise ValueError(f"{name} must be in [0, 2**63), got {seed}")
+        raise ValueError(f"{name} must be in [0, 2**63), got {shown(seed)}")
 
 
 def check_dtype(name: str, value: object) -> None:
-    """``value`` must be a floating torch.dtype or None."""
-    if value is not None and not isinstance(value, torch.dtype):
+    """``value`` must be a floating torch.dtype of 16 bits or more, or None; torch computes in no smaller one."""
+    if value is None:
+        return
+    if not isinstance(value, torch.dtype):
         raise TypeError(f"{name} must be a torch.dtype, got {type(value).__name__}")
-    if value is not None and not value.is_floating_point:
-        raise TypeError(f"{name} must be floating, got {value}")
+    if value in COMPUTED_DTYPES:
+        return
+    wanted = "float32, float16, bfloat16 or float64" if value.is_floating_point else "floating"
+    raise TypeError(f"{name} must be {wanted}, got {value}")
+
+
+def check_fits(name: str, value: float, dtype: torch.dtype) -> None:
+    """A number, or infinity, must lie in the range of a dtype, since torch fills no tensor with a larger one."""
+    if torch.finfo(dtype).max < abs(value) < math.inf:
+        raise ValueError(f"{name} must fit {dtype}, got {value}")
 
 
 def check_path(name: str, value: object) -> None:
@@ -143,16 +178,21 @@ def check_path(name: str, value: object) -> None:
 
 
 def check_device(name: str, value: object) -> None:
-    """``value`` must be a torch.device, the name of one, or None."""
-    if value is None or isinstance(value, torch.device):
+    """``value`` must be a torch.device that tensors can be made on, the name of one, or None."""
+    if value is None:
         return
-    if not isinstance(value, (str, int)) or isinstance(value, bool):
+    if not isinstance(value, (str, int, torch.device)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a torch.device or its name, got {type(value).__name__}")
+    rule = "a torch.device or its name"
     try:
-        torch.device(value)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}: {reason}") from None
+        device = torch.device(value)
+        if device.type in ("cpu", "meta"):
+            return
+        rule = "a device that tensors can be made on"
+        torch.empty(0, device=device)
+    except (RuntimeError, ValueError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{name} must be {rule}, got {value!r}: {reason}") from None
 
 
 def check_strided(name: str, tensor: torch.Tensor) -> None:
@@ -273,13 +313,20 @@ def check_scale(name: str, scale: float | torch.Tensor) -> float:
         return scale.item()
     if not isinstance(scale, (float, numbers.Real, torch.SymFloat, torch.SymInt)) or isinstance(scale, bool):
         raise TypeError(f"{name} must be a number, got {scale!r}")
-    if isinstance(scale, int) and not -(2**63) <= scale < 2**63:
-        # torch multiplies tensors by no int of more than 64 bits.
-        try:
-            return float(scale)
-        except OverflowError:
-            raise ValueError(f"{name} must fit a float, got an int of {scale.bit_length()} bits") from None
+    whole = isinstance(scale, numbers.Integral)
+    if isinstance(scale, numbers.Rational) and not (whole and -(2**63) <= scale < 2**63):
+        # torch multiplies tensors by no fraction, and by no int of more than 64 bits.
+        return as_float(name, scale)
     return scale
+
+
+def as_float(name: str, value: numbers.Real) -> float:
+    """A number as a float, which must not be too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        kind = f"an int of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+        raise ValueError(f"{name} must fit a float, got {kind}") from None
 
 
 def check_no_gradient(function: str, other: str, **tensors: torch.Tensor | None) -> None:

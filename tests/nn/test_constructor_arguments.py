@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -137,11 +138,71 @@ def test_a_number_of_another_kind_is_refused_by_name(make):
     silent = []
     for parameter in signature.parameters.values():
         for value in foreign(parameter):
-            try:
-                make(**CASES[make] | {parameter.name: value})
-            except (TypeError, ValueError) as error:
-                if not re.search(rf"\b{parameter.name.removesuffix('s')}", str(error)):
-                    silent.append((parameter.name, value, f"{type(error).__name__}: {error}"))
-            else:
-                silent.append((parameter.name, value, "taken"))
+            if problem := unnamed(make, parameter.name, value):
+                silent.append((parameter.name, value, problem))
+    assert not silent
+
+
+def unnamed(make, name: str, value: object) -> str:
+    """What a constructor raises that is no error of this argument, or "taken"; "" for such an error."""
+    try:
+        make(**CASES[make] | {name: value})
+    except Exception as error:
+        named = isinstance(error, (TypeError, ValueError)) and re.search(rf"\b{name.removesuffix('s')}", str(error))
+        return "" if named else f"{type(error).__name__}: {error}"
+    return "taken"
+
+
+# Tensors of another size than N, torch's own words of a padding row, and what it says of memory.
+OTHERS = "must have shape|adding_idx must be within|Storage size calculation overflowed|allocate"
+
+
+@pytest.mark.parametrize("make", CASES, ids=name_of)
+def test_a_number_that_no_float_or_memory_holds_is_refused_by_name(make):
+    """Ids may be any of 64 bits."""
+    signature = inspect.signature(nn.PruneAndRegrow if make is moved else make)
+    wrong = []
+    for parameter in signature.parameters.values():
+        kind, allowed = str(parameter.annotation), ("", "taken")
+        if kind.startswith("int"):
+            values = {10**400: ("",), 2**63: ("",), 2**63 - 1: allowed, 2**62: allowed}
+        elif kind.startswith("float"):
+            values = {10**400: ("",), -(10**400): ("",), Fraction(10**400, 3): ("",)}
+            values |= {2**70: allowed, 1e308: allowed, Fraction(1, 3): allowed}
+        else:
+            continue
+        for value, wanted in values.items():
+            found = unnamed(make, parameter.name, value)
+            if found not in wanted and not re.search(OTHERS, found):
+                wrong.append((parameter.name, value if value < 2**64 else "huge", found))
+    assert not wrong
+
+
+FACTORY = {
+    "dtype": (torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64, "float32", 5),
+    "device": ("nonsense", "cuda:99", "xla", -1, 5.5, True),
+}
+
+
+def taken(make, name: str, value: object) -> bool:
+    """Whether a constructor takes an argument of this name, by its signature or among its options."""
+    try:
+        make(**CASES[make] | {name: value})
+    except TypeError as error:
+        if re.search("unexpected|unknown option", str(error)):
+            return False
+        raise
+    return True
+
+
+@pytest.mark.parametrize("make", CASES, ids=name_of)
+def test_a_dtype_or_device_that_cannot_be_is_refused_by_name(make):
+    """Torch speaks of gradients, of random numbers or of dispatch; it computes in no floating dtype of 8 bits."""
+    silent = []
+    for name, good in (("dtype", torch.float32), ("device", "cpu")):
+        for value in FACTORY[name] if taken(make, name, good) else ():
+            with pytest.raises((TypeError, ValueError)) as caught:
+                make(**CASES[make] | {name: value})
+            if not str(caught.value).startswith(f"{name} must be "):
+                silent.append((name, value, str(caught.value)))
     assert not silent

@@ -11,6 +11,8 @@ from gossamer import _backend
 from gossamer._activation import Activation, activate_reference, as_activation
 from gossamer._autocast import autocast
 from gossamer._checks import (
+    check_device,
+    check_dtype,
     check_float,
     check_index,
     check_same_device,
@@ -76,6 +78,8 @@ class BlockSparseTensor:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BlockSparseTensor:
         """The matrix on another device or in another dtype."""
+        check_device("device", device)
+        check_dtype("dtype", dtype)
         device = self.device if device is None else torch.device(device)
         return BlockSparseTensor(self.values.to(device, dtype or self.dtype), self.topology.to(device))
 

@@ -8,7 +8,15 @@ from typing import ClassVar
 import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from gossamer._checks import check_index, check_same_device, check_shape, check_strided, check_tensor
+from gossamer._checks import (
+    check_device,
+    check_index,
+    check_same_device,
+    check_shape,
+    check_sizes,
+    check_strided,
+    check_tensor,
+)
 from gossamer._trusted import (
     check_indices,
     check_offsets,
@@ -159,6 +167,7 @@ class BlockTopology:
 
     def to(self, device: torch.device | str) -> BlockTopology:
         """The topology on another device; the same object if it is there already."""
+        check_device("device", device)
         if torch.device(device) == self.device:
             return self
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -287,9 +296,8 @@ class BlockTopology:
         """
         check_is_dispatch(dispatch)
         bm, bn = check_block(block)
-        if not isinstance(ffn_size, (int, torch.SymInt)) or isinstance(ffn_size, bool):
-            raise TypeError(f"ffn_size must be an int, got {type(ffn_size).__name__}")
-        if ffn_size <= 0 or ffn_size % bn:
+        check_sizes(ffn_size=ffn_size)
+        if not ffn_size or ffn_size % bn:
             raise ValueError(
                 f"ffn_size must be a positive multiple of the block's {bn} columns, got {ffn_size}; pad it to "
                 f"{max(1, (ffn_size + bn - 1) // bn) * bn}"
@@ -359,6 +367,7 @@ class BlockTopology:
         rows, cols = _check_blocked(shape, block)
         if not 0 <= density <= 1:
             raise ValueError(f"density must be from 0 to 1, got {density}")
+        check_device("device", device)
         places = rows * cols
         nnz = round(density * places)
         scores = torch.rand(rows, cols, generator=generator, device="cpu", dtype=torch.float32)

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from gossamer import _backend
-from gossamer._checks import FLOAT_DTYPES, INDEX_DTYPES, MAX_SIZE, check_shape, check_strided, check_tensor
+from gossamer._checks import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    MAX_SIZE,
+    check_device,
+    check_shape,
+    check_strided,
+    check_tensor,
+)
 from gossamer.ops import _hash_table_reference as reference
 from gossamer.ops._bags import Bags
 from gossamer.ops._hash_table_storage import BUCKET_SLOTS, INSERTED, POLICIES, Batch, Inserted, Storage
@@ -110,12 +118,15 @@ class HashTable:
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         if evict not in EVICT:
             raise ValueError(f"evict must be one of {EVICT}, got {evict!r}")
+        if device is None:
+            raise TypeError("device must be a torch.device or its name, got NoneType")
+        check_device("device", device)
         self.dim, self.capacity, self.evict = dim, capacity, evict
         self.key_dtype, self.value_dtype, self.device = key_dtype, value_dtype, torch.device(device)
         self.lock = threading.RLock()
         self._clock = self._serial = self._epoch = 0
         if self.device.type == "cuda" and (reason := _backend.cuda_kernels_unavailable()):
-            raise ValueError(f"a hash table on {self.device} needs gossamer's CUDA kernels: {reason}")
+            raise ValueError(f"device must be one with gossamer's CUDA kernels, got {self.device}: {reason}")
         self._storage = self._allocate(capacity)
         # The device with its index, so that it does not depend on the current device later.
         self.device = self._storage.values.device

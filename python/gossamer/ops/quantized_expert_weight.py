@@ -8,7 +8,15 @@ from typing import ClassVar
 
 import torch
 
-from gossamer._checks import check_finite, check_float, check_positive, check_shape, check_strided, check_tensor
+from gossamer._checks import (
+    check_dtype,
+    check_finite,
+    check_float,
+    check_positive,
+    check_shape,
+    check_strided,
+    check_tensor,
+)
 from gossamer._panels import PANELS, ROWS, arranged, check_layout, fits_panels
 from gossamer.ops._weights import (
     ACTIVATIONS,
@@ -226,6 +234,7 @@ class QuantizedExpertWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The stack ``(E, N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
+        check_dtype("dtype", dtype)
         return self.operand().dequantize(dtype)
 
     @classmethod

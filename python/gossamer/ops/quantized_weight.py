@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from gossamer._checks import check_finite, check_float, check_positive, check_same_device, check_shape, check_tensor
+from gossamer._checks import (
+    check_dtype,
+    check_finite,
+    check_float,
+    check_positive,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from gossamer.ops._weights import Blocks, Weight
 
 FP8 = torch.float8_e4m3fn
@@ -63,6 +71,7 @@ class _Decodable:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``(N, C)`` in plain torch: products in float32, rounded once to ``dtype``."""
+        check_dtype("dtype", dtype)
         return self.operand().dequantize(dtype)
 
 

@@ -311,7 +311,7 @@ def test_errors():
         ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
         ({"causal": 1}, TypeError, "causal must be a bool, got int"),
         ({"head_dim": 3}, ValueError, "head_dim must be even for rotary position embeddings, got 3"),
-        ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive and finite, or None, got 0.0"),
+        ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive and finite, got 0.0"),
         ({"rope_theta": "10"}, TypeError, "rope_theta must be a number or None, got str"),
         ({"router": "best"}, ValueError, "router must be one of"),
         ({"router": 3}, TypeError, "router must be a str or an nn.Module, got int"),

@@ -20,6 +20,8 @@ from gossamer._checks import (
     check_sizes,
     check_strided,
     check_tensor,
+    check_widths,
+    shown,
 )
 from gossamer._trusted import check_range, is_readable
 from gossamer.ops.dispatch import dispatch
@@ -89,6 +91,7 @@ def histogram(x: torch.Tensor, max_val: int) -> torch.Tensor:
     """
     _check_integers("x", x)
     check_sizes(max_val=max_val)
+    check_widths(max_val=max(max_val, 1))
     if x.dim() not in (1, 2) or max_val < 1:
         raise ValueError(f"x must be 1-D or 2-D and max_val at least 1, got {tuple(x.shape)} and {max_val}")
     rows = x.long() if x.dim() == 2 else x.long().unsqueeze(0)
@@ -168,6 +171,7 @@ def replicate(x: torch.Tensor, bins: torch.Tensor, num_outputs: int) -> torch.Te
     check_strided("x", x)
     check_same_device(x=x, bins=bins)
     check_sizes(num_outputs=num_outputs)
+    check_widths(num_outputs=max(num_outputs, 1))
     columns = torch.arange(num_outputs, dtype=bins.dtype, device=x.device)
     source = torch.searchsorted(bins, columns, right=True)
     if x.is_floating_point():
@@ -209,8 +213,8 @@ def _check_rows(x: torch.Tensor, indices: torch.Tensor, top_k: int, **others: to
     check_floating("x", x)
     check_index("indices", indices)
     check_shape("indices", indices, (None,), "(R,)")
-    if not isinstance(top_k, int) or top_k < 1 or indices.shape[0] % top_k:
-        raise ValueError(f"top_k must be an int that divides the R = {indices.shape[0]} rows, got {top_k!r}")
+    if not isinstance(top_k, int) or not 1 <= top_k <= MAX_SIZE or indices.shape[0] % top_k:
+        raise ValueError(f"top_k must be an int that divides the R = {indices.shape[0]} rows, got {shown(top_k)}")
     for name, tensor in others.items():
         if name == "weights" and tensor is not None:
             check_floating(name, tensor)
@@ -295,6 +299,7 @@ def padded_gather(
     check_shape("padded_bins", padded_bins, tuple(bins.shape), "(E,), as bins")
     check_shape("x", x, (indices.shape[0] // top_k, None), "(T, D)")
     output_rows = int(padded_bins[-1]) if output_rows is None else output_rows
+    check_sizes(output_rows=output_rows)
     return _spread(x, indices, _padded_rows(bin_ids, bins, padded_bins), output_rows, top_k)
 
 

@@ -15,6 +15,7 @@ from gossamer._checks import (
     check_positive,
     check_same_device,
     check_shape,
+    check_widths,
 )
 from gossamer.integrations._activations import activation_name
 from gossamer.integrations.scattermoe.parallel_experts import ParallelExperts, flatten_sort_count
@@ -43,7 +44,8 @@ class _FeedForward(nn.Module):
         halves: int,
     ) -> None:
         super().__init__()
-        check_positive(input_size=input_size, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        check_positive(num_experts=num_experts, top_k=top_k)
+        check_widths(input_size=input_size, hidden_size=hidden_size)
         check_flag("bias", bias)
         if activation is not None and not callable(activation):
             raise TypeError(f"activation must be callable or None, got {type(activation).__name__}")

@@ -9,9 +9,9 @@ from gossamer._checks import (
     check_flags,
     check_floating,
     check_index,
-    check_positive,
     check_same_device,
     check_shape,
+    check_widths,
 )
 from gossamer.integrations.scattermoe.kernels.ops import sorted_dispatch
 from gossamer.ops.dispatch import dispatch
@@ -135,7 +135,7 @@ class ParallelExperts(nn.Module):
 
     def __init__(self, num_experts: int, input_size: int, output_size: int, bias: bool = False) -> None:
         super().__init__()
-        check_positive(num_experts=num_experts, input_size=input_size, output_size=output_size)
+        check_widths(num_experts=num_experts, input_size=input_size, output_size=output_size)
         check_flags(bias=bias)
         self.weight = nn.Parameter(torch.empty(num_experts, output_size, input_size))
         self.bias = nn.Parameter(torch.empty(num_experts, output_size)) if bias else None

@@ -12,12 +12,13 @@ from gossamer._checks import (
     check_flag,
     check_input,
     check_number,
-    check_positive,
     check_same_device,
     check_shape,
     check_sizes,
     check_strided,
+    check_widths,
 )
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from gossamer.ops.delta_rule import delta_rule, delta_rule_step
 
@@ -83,7 +84,7 @@ class DeltaRuleLayer(nn.Module):
         super().__init__()
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        check_positive(
+        check_widths(
             hidden_size=hidden_size,
             num_heads=num_heads,
             head_dim=head_dim,
@@ -103,12 +104,12 @@ class DeltaRuleLayer(nn.Module):
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
         self.num_key_heads, self.value_head_dim, self.conv_size = num_key_heads, value_head_dim, conv_size
         self.negative_eigenvalues, self.norm_eps = negative_eigenvalues, norm_eps
-        self._factory = {"device": device, "dtype": dtype}
+        factory = self._factory = factory_of(device, dtype)
         self._sizes = [num_key_heads * head_dim, num_key_heads * head_dim, num_heads * value_head_dim]
         self.qkv_proj = self._linear(hidden_size, sum(self._sizes))
-        self.conv_weight = nn.Parameter(torch.empty(sum(self._sizes), conv_size, device=device, dtype=dtype))
+        self.conv_weight = new_parameter(sum(self._sizes), conv_size, **factory)
         self.beta_proj = self._linear(hidden_size, num_heads)
-        self.norm_weight = nn.Parameter(torch.empty(value_head_dim, device=device, dtype=dtype))
+        self.norm_weight = new_parameter(value_head_dim, **factory)
         self.out_proj = self._linear(num_heads * value_head_dim, hidden_size)
         nn.init.uniform_(self.conv_weight, -(conv_size**-0.5), conv_size**-0.5)
         nn.init.ones_(self.norm_weight)
@@ -226,13 +227,11 @@ class DeltaRuleLayer(nn.Module):
         )
 
 
-def decay_parameters(
-    num_heads: int, channels: int, device: torch.device | str | None, dtype: torch.dtype | None
-) -> tuple[nn.Parameter, nn.Parameter]:
+def decay_parameters(num_heads: int, channels: int, **factory: object) -> tuple[nn.Parameter, nn.Parameter]:
     """``A_log (num_heads,)`` and ``dt_bias (channels,)`` as Gated DeltaNet starts them (after Mamba; Gu and Dao, 2024).
 
     ``exp(A_log)`` is uniform in [1, 16], and ``softplus(dt_bias)`` log-uniform in [0.001, 0.1].
     """
-    a_log = torch.empty(num_heads, device=device, dtype=dtype).uniform_(1, 16).log_()
-    step = torch.empty(channels, device=device, dtype=dtype).uniform_(-6.907755, -2.302585).exp_()
+    a_log = torch.empty(num_heads, **factory).uniform_(1, 16).log_()
+    step = torch.empty(channels, **factory).uniform_(-6.907755, -2.302585).exp_()
     return nn.Parameter(a_log), nn.Parameter(step + torch.log(-torch.expm1(-step)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_flag, check_input, check_number, check_positive, check_shape
+from gossamer._checks import check_flag, check_input, check_number, check_shape, check_widths
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.ops.self_referential import self_referential
 
 
@@ -49,7 +50,7 @@ class SelfReferentialLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(hidden_size=hidden_size, num_heads=num_heads)
+        check_widths(hidden_size=hidden_size, num_heads=num_heads)
         check_number("rate_init", rate_init, finite=True)
         check_number("dropout", dropout, least=0, most=1)
         check_flag("input_softmax", input_softmax)
@@ -60,9 +61,10 @@ class SelfReferentialLinear(nn.Module):
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, hidden_size // num_heads
         self.rate_init, self.input_softmax = rate_init, input_softmax
         d = self.head_dim
-        self.weight = nn.Parameter(torch.empty(num_heads, d, 3 * d + 4, device=device, dtype=dtype))
-        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(hidden_size, device=device, dtype=dtype)
+        factory = factory_of(device, dtype)
+        self.weight = new_parameter(num_heads, d, 3 * d + 4, **factory)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
+        self.norm = nn.LayerNorm(hidden_size, **factory)
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 

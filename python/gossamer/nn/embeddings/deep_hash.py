@@ -7,7 +7,8 @@ import math
 import torch
 from torch import nn
 
-from gossamer._checks import check_index, check_positive, check_same_device
+from gossamer._checks import check_index, check_positive, check_same_device, check_widths
+from gossamer._parameters import factory_of
 from gossamer.nn.embeddings.seeded import SeededMaps
 from gossamer.nn.embeddings.table import Table, item_nbytes
 from gossamer.ops.map_ids import IdMaps, map_ids
@@ -72,11 +73,12 @@ class DeepHashEmbedding(SeededMaps, Table):
     ) -> None:
         super().__init__()
         self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
-        check_positive(hidden_size=hidden_size, num_hashes=num_hashes, num_layers=num_layers, num_values=num_values)
+        check_widths(hidden_size=hidden_size, num_hashes=num_hashes)
+        check_positive(num_layers=num_layers, num_values=num_values)
         if num_layers > MAX_LAYERS:
             raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {num_layers}")
-        if num_values < 2:
-            raise ValueError(f"num_values must be at least 2, got {num_values}")
+        if not 2 <= num_values < 2**62:
+            raise ValueError(f"num_values must be in [2, 2**62), got {num_values}")
         for name, value, known in (("distribution", distribution, DISTRIBUTIONS), ("norm", norm, tuple(NORMS))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
@@ -84,7 +86,7 @@ class DeepHashEmbedding(SeededMaps, Table):
             raise ValueError(f"num_hashes must be even for distribution='normal', got {num_hashes}")
         self.hidden_size, self.num_hashes = hidden_size, num_hashes
         self.num_values, self.distribution = num_values, distribution
-        factory = {"device": device, "dtype": dtype}
+        factory = factory_of(device, dtype)
         layers, inputs = [], num_hashes
         for _ in range(num_layers):
             layers += [nn.Linear(inputs, hidden_size, **factory), NORMS[norm](hidden_size, **factory), nn.Mish()]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_compiling
 
-from gossamer._checks import check_dtype, check_flags, check_index, check_number, check_sizes, check_tensor
+from gossamer._checks import check_flags, check_index, check_number, check_sizes, check_tensor
 from gossamer._numerics import accumulation_dtype
+from gossamer._parameters import factory_of
 from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.nn.embeddings.table import Table
 from gossamer.ops.embedding import (
@@ -28,13 +29,14 @@ def _check_table(
     padding_idx: int | None,
     max_norm: float | None,
     norm_type: float,
-    dtype: object,
+    weight: object,
     **flags: object,
 ) -> None:
     """Checks that torch's constructor does not make."""
     check_flags(**flags)
+    if weight is not None:
+        check_tensor("_weight", weight)
     check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-    check_dtype("dtype", dtype)
     check_number("max_norm", max_norm, optional=True)
     check_number("norm_type", norm_type)
     if padding_idx is not None and (not isinstance(padding_idx, int) or isinstance(padding_idx, bool)):
@@ -146,7 +148,7 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
         optimizer: Optimizer | None = None,
     ) -> None:
         flags = {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse, "_freeze": _freeze}
-        _check_table(num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, dtype, **flags)
+        _check_table(num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, _weight, **flags)
         _check_fused(optimizer, sparse)
         if optimizer is not None and _freeze:
             raise ValueError("a frozen table takes no step: give either an optimizer or freeze")
@@ -160,8 +162,7 @@ class Embedding(FusedStep, torch.nn.Embedding, Table):
             sparse,
             _weight,
             _freeze,
-            device,
-            dtype,
+            **factory_of(device, dtype),
         )
         self.attach(optimizer)
 
@@ -233,7 +234,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
     ) -> None:
         flags = {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
         flags["include_last_offset"] = include_last_offset
-        _check_table(num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, dtype, **flags)
+        _check_table(num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, _weight, **flags)
         _check_fused(optimizer, sparse)
         super().__init__(
             num_embeddings,
@@ -246,8 +247,7 @@ class EmbeddingBag(FusedStep, torch.nn.EmbeddingBag, Table):
             _weight,
             include_last_offset,
             padding_idx,
-            device,
-            dtype,
+            **factory_of(device, dtype),
         )
         self.attach(optimizer)
 

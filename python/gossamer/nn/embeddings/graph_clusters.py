@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from gossamer._checks import check_has_numbers, check_index, check_number, check_positive, check_seed, check_shape
+from gossamer._checks import (
+    check_has_numbers,
+    check_index,
+    check_number,
+    check_positive,
+    check_seed,
+    check_shape,
+    check_widths,
+)
 
 
 class GraphClusters(NamedTuple):
@@ -76,7 +84,8 @@ def graph_clusters(
         from sknetwork.clustering import Louvain
     except ImportError as error:
         raise ImportError("graph_clusters needs scikit-network: pip install 'gossamer[graphs]'") from error
-    check_positive(num_users=num_users, num_items=num_items)
+    check_widths(num_users=num_users)
+    check_widths(num_items=num_items)
     check_index("users", users)
     check_shape("users", users, (None,), "(L,)")
     check_index("items", items)
@@ -85,8 +94,8 @@ def graph_clusters(
         raise ValueError("users must hold at least one interaction, got 0")
     if users.is_meta or items.is_meta:
         raise ValueError("users and items must hold values, got tensors on meta")
-    check_number("resolution", resolution, above=0)
-    check_number("tolerance", tolerance)
+    check_number("resolution", resolution, above=0, finite=True)
+    check_number("tolerance", tolerance, least=0)
     check_seed(seed)
     if max_clusters is not None:
         check_positive(max_clusters=max_clusters)

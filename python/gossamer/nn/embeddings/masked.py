@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gossamer._checks import check_index, check_number, check_positive, check_same_device, check_seed, check_sequence
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.ops.embedding import with_loss
@@ -75,8 +76,9 @@ class MaskedEmbedding(FusedTable):
         check_number("regularization", regularization, least=0)
         self.width, self.regularization, self.sample_widths = width, regularization, False
         self.num_kept: int | None = None
-        self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
-        self.threshold = torch.nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        factory = factory_of(device, dtype)
+        self.weight = new_parameter(num_embeddings, embedding_dim, **factory)
+        self.threshold = new_parameter(1, **factory)
         self.register_buffer("row_of_id", None)
         self.reset_parameters()
         self.attach(optimizer)

@@ -16,6 +16,7 @@ from gossamer._checks import (
     check_sequence,
     check_sizes,
 )
+from gossamer._parameters import factory_of
 from gossamer.nn.embeddings.narrow_rows import NarrowRowsTable, fit_narrow, narrow_nbytes
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.optim import Optimizer
@@ -78,7 +79,7 @@ class MixedDimensionEmbedding(NarrowRowsTable):
         if wide_rows > (most := num_embeddings if row_dim < embedding_dim else 0):
             raise ValueError(f"wide_rows must be at most {most} with row_dim={row_dim}, got {wide_rows}")
         self.row_dim = row_dim
-        factory = {"device": device, "dtype": dtype}
+        factory = factory_of(device, dtype)
         self._set_rows(
             torch.empty(num_embeddings, row_dim, **factory),
             torch.empty(wide_rows, 1, **factory) if wide_rows else None,

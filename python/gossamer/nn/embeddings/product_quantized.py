@@ -9,6 +9,7 @@ import torch
 
 from gossamer import _backend
 from gossamer._checks import check_index, check_number, check_positive, check_seed
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, packed_width
 from gossamer.nn.embeddings.codeword_mixture import with_mixture_gradient
 from gossamer.nn.embeddings.fused_step import FusedTable
@@ -107,11 +108,11 @@ class ProductQuantizedEmbedding(FusedTable):
         check_number("regularization", regularization, least=0)
         self.num_codes, self.num_parts, self.variant = num_codes, num_parts, variant
         self.frequent, self.rare_codes, self.regularization = frequent, rare_codes, regularization
-        factory = {"device": device, "dtype": dtype}
+        factory = factory_of(device, dtype)
         books = (num_parts, num_codes, embedding_dim // num_parts)
-        self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, **factory))
-        self.codewords = torch.nn.Parameter(torch.empty(books, **factory))
-        self.register_parameter("keys", torch.nn.Parameter(torch.empty(books, **factory)) if variant == "sx" else None)
+        self.weight = new_parameter(num_embeddings, embedding_dim, **factory)
+        self.codewords = new_parameter(*books, **factory)
+        self.register_parameter("keys", new_parameter(*books, **factory) if variant == "sx" else None)
         self.served: CodedRowsTable | None = None
         self.reset_parameters()
         self.attach(optimizer)

@@ -12,6 +12,7 @@ from gossamer._checks import (
     check_same_device,
     check_shape,
 )
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget, item_nbytes
 from gossamer.optim import Optimizer
@@ -169,15 +170,15 @@ class PrunedEmbedding(FusedTable):
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         self.density, self.criterion = density, criterion
         self.num_groups, self.initial_threshold = num_groups, initial_threshold
-        factory = {"device": device, "dtype": dtype}
-        self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, **factory))
+        factory = factory_of(device, dtype)
+        self.weight = new_parameter(num_embeddings, embedding_dim, **factory)
         scales = thresholds = groups = None
         if criterion == "group_scales":
-            scales = torch.nn.Parameter(torch.empty(num_groups, embedding_dim, **factory))
+            scales = new_parameter(num_groups, embedding_dim, **factory)
             groups = _groups(num_embeddings, num_groups, frequencies).to(self.weight.device)
         elif criterion == "thresholds":
             shape = {"table": (1, 1), "column": (1, embedding_dim), "row": (num_embeddings, 1)}
-            thresholds = torch.nn.Parameter(torch.empty(shape.get(threshold_shape, self.weight.shape), **factory))
+            thresholds = new_parameter(*shape.get(threshold_shape, self.weight.shape), **factory)
             if threshold_shape in ("row", "entry"):
                 self.tables = ("weight", "thresholds")
         self.register_parameter("scales", scales)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gossamer._checks import check_dtype, check_index, check_number, check_shape
+from gossamer._checks import check_device, check_dtype, check_index, check_number, check_shape
 from gossamer._row_codes import LEAST_SCALE, encode
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget
@@ -85,6 +85,7 @@ class QuantizedEmbedding(FusedTable):
     ) -> None:
         super().__init__()
         self._set_up(num_embeddings, embedding_dim, mode, include_last_offset)
+        check_device("device", device)
         check_dtype("dtype", dtype)
         if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
             raise ValueError(f"bits must be 8 or 16, got {bits}")
@@ -95,8 +96,8 @@ class QuantizedEmbedding(FusedTable):
             step_size = STEP_SIZE / 2 ** (bits - 8)
         check_number("step_size", step_size)
         check_number("step_lr", step_lr)
-        if not LEAST_SCALE <= step_size < math.inf:
-            raise ValueError(f"step_size must be in [2**-20, inf), got {step_size}")
+        if not LEAST_SCALE <= step_size <= torch.finfo(torch.float32).max:
+            raise ValueError(f"step_size must be in [2**-20, 2**128), got {step_size}")
         if not 0 <= step_lr < math.inf:
             raise ValueError(f"step_lr must be in [0, inf), got {step_lr}")
         self.bits, self.step, self.rounding = bits, step, rounding

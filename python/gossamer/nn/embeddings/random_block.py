@@ -94,7 +94,7 @@ def block_parts(num_weights: int, embedding_dim: int, block_size: int, wrap: boo
     """The blocks of a vector, for the constants ``[r1, r2, r3]``."""
     r1, r2, r3 = constants
     count = -(-embedding_dim // block_size)
-    starts = [(r1 + r2 * block) % _PRIME for block in range(count)]
+    starts = ((r1 + r2 * torch.arange(count, device="cpu")) % _PRIME).tolist()
     # Wrapping blocks have positions below the prime, and their elements are taken modulo M.
     moduli = [_PRIME if wrap else num_weights - block_size + 1] * count
     maps = IdMaps.of(moduli, multipliers=[r3] * count, addends=starts, prime=_PRIME)

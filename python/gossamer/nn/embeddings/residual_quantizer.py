@@ -20,7 +20,9 @@ from gossamer._checks import (
     check_same_device,
     check_seed,
     check_shape,
+    check_widths,
 )
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.ops.product_key_topk import product_key_search
 
 # Distances held at a time.
@@ -85,10 +87,11 @@ class ResidualQuantizer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(dim=dim, num_levels=num_levels, num_codes=num_codes)
+        check_widths(dim=dim, num_levels=num_levels, num_codes=num_codes)
         check_number("commitment", commitment, least=0)
         self.dim, self.num_levels, self.num_codes, self.commitment = dim, num_levels, num_codes, commitment
-        self.codebooks = nn.Parameter(torch.empty(num_levels, num_codes, dim, device=device, dtype=dtype))
+        factory = factory_of(device, dtype)
+        self.codebooks = new_parameter(num_levels, num_codes, dim, **factory)
         nn.init.normal_(self.codebooks, std=dim**-0.5)
 
     def forward(self, x: torch.Tensor) -> ResidualQuantization:

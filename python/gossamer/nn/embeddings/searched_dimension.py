@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gossamer._checks import check_flags, check_index, check_number, check_positive, check_sequence, check_sizes
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.embeddings.narrow_rows import NarrowRowsTable, fit_narrow, narrow_nbytes
 from gossamer.nn.embeddings.table import check_budget
 from gossamer.optim import Optimizer
@@ -80,13 +81,13 @@ class SearchedDimensionEmbedding(NarrowRowsTable):
         self.candidates, self.temperature, self.norm, self.noise = candidates, temperature, norm, noise
         self.chosen: int | None = None
         self.budget: int | None = None
-        factory = {"device": device, "dtype": dtype}
+        factory = factory_of(device, dtype)
         self.tables = tuple(f"weight_{width}" for width in candidates)
         for width, name in zip(candidates, self.tables, strict=True):
-            setattr(self, name, torch.nn.Parameter(torch.empty(num_embeddings, width, **factory)))
-            projection = torch.nn.Parameter(torch.empty(embedding_dim, width, **factory))
+            setattr(self, name, new_parameter(num_embeddings, width, **factory))
+            projection = new_parameter(embedding_dim, width, **factory)
             self.register_parameter(f"projection_{width}", projection)
-        self.alpha = torch.nn.Parameter(torch.empty(len(candidates), **factory))
+        self.alpha = new_parameter(len(candidates), **factory)
         self.norms = None
         if norm:
             norms = [torch.nn.BatchNorm1d(embedding_dim, affine=False, **factory) for _ in candidates]

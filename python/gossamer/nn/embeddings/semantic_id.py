@@ -6,7 +6,15 @@ import math
 
 import torch
 
-from gossamer._checks import check_flag, check_has_numbers, check_index, check_positive, check_seed, check_shape
+from gossamer._checks import (
+    check_flag,
+    check_has_numbers,
+    check_index,
+    check_positive,
+    check_seed,
+    check_shape,
+    check_widths,
+)
 from gossamer.nn.embeddings.codes import CodedRowsTable, code_bits, coded_nbytes
 from gossamer.nn.embeddings.residual_quantizer import ResidualQuantizer, sampled
 from gossamer.nn.embeddings.table import check_budget, check_finite, item_nbytes
@@ -74,7 +82,7 @@ class SemanticIdEmbedding(CodedRowsTable):
             )
         sizes = [int(level.max()) + 1 for level in codes.unbind(1)]
         if num_codes is not None:
-            check_positive(num_codes=num_codes)
+            check_widths(num_codes=num_codes, levels=levels)
             if max(sizes) > num_codes:
                 raise ValueError(f"codes must be below num_codes={num_codes}, got {max(sizes) - 1}")
             sizes = [num_codes] * levels

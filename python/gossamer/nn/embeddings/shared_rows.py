@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gossamer._checks import check_index, check_positive, check_same_device
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.ops.composed_rows import OPERATIONS, Parts, composed_rows
 from gossamer.optim import Optimizer
@@ -64,7 +65,8 @@ class SharedRowsTable(FusedTable):
             )
         self.num_rows, self.rows_per_id, self.operation = num_rows, rows_per_id, operation
         columns = embedding_dim // rows_per_id if operation == "concat" else embedding_dim
-        self.weight = torch.nn.Parameter(torch.empty(num_rows, columns, device=device, dtype=dtype))
+        factory = factory_of(device, dtype)
+        self.weight = new_parameter(num_rows, columns, **factory)
         self.reset_parameters()
         self.attach(optimizer)
 

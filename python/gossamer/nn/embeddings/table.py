@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gossamer._checks import check_flags, check_index, check_positive, check_shape, check_strided
+from gossamer._checks import check_dtype, check_flags, check_index, check_positive, check_shape, check_strided
 from gossamer.ops.gather_reduce import gather_reduce
 
 POOLINGS = ("sum", "mean", "max")
@@ -224,4 +224,5 @@ def check_budget(nbytes: int) -> None:
 
 def item_nbytes(options: dict[str, object]) -> int:
     """Bytes of a number of a table with these options."""
+    check_dtype("dtype", options.get("dtype"))
     return torch.empty(0, dtype=options.get("dtype"), device="meta").element_size()

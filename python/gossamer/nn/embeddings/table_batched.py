@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gossamer._checks import check_dtype, check_index, check_shape
+from gossamer._checks import check_device, check_dtype, check_index, check_sequence, check_shape
 from gossamer._numerics import accumulation_dtype
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget
@@ -65,7 +65,10 @@ class TableBatchedEmbeddingBags(FusedTable):
             raise ValueError(f"bounds must be 'raise', 'clamp' or 'drop', got {bounds!r}")
         check_dtype("weights_dtype", weights_dtype)
         check_dtype("output_dtype", output_dtype)
+        check_device("device", device)
         self.layout = TableLayout(specs, feature_table_map, pooling)
+        if feature_names is not None:
+            check_sequence("feature_names", feature_names)
         names = None if feature_names is None else list(feature_names)
         if names is not None and len(names) != self.layout.num_features:
             raise ValueError(f"feature_names must name {self.layout.num_features} features, got {names}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from gossamer._checks import check_index, check_positive, check_sequence
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.embeddings.fused_step import FusedTable
 from gossamer.nn.embeddings.table import check_budget, check_lists, item_nbytes
 from gossamer.ops.composed_rows import Parts
@@ -78,6 +79,8 @@ class TensorTrainEmbedding(FusedTable):
             if values is not None or name == "ranks":
                 check_sequence(name, values)
         n = _three_rows(num_embeddings) if row_factors is None else tuple(row_factors)
+        if dim_factors is None and embedding_dim > 2**31:
+            raise ValueError(f"embedding_dim must be at most 2**31 to be factorised, got {embedding_dim}")
         d = _three_factors(embedding_dim) if dim_factors is None else tuple(dim_factors)
         ranks = tuple(ranks)
         for name, values, count in (("row_factors", n, 3), ("dim_factors", d, 3), ("ranks", ranks, 2)):
@@ -90,8 +93,9 @@ class TensorTrainEmbedding(FusedTable):
             raise ValueError(f"dim_factors must have the product {embedding_dim}, got {d}")
         self.ranks, self.row_factors, self.dim_factors = ranks, n, d
         columns = (d[0] * ranks[0], ranks[0] * d[1] * ranks[1], ranks[1] * d[2])
+        factory = factory_of(device, dtype)
         for name, rows, width in zip(self.tables, n, columns, strict=True):
-            setattr(self, name, torch.nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype)))
+            setattr(self, name, new_parameter(rows, width, **factory))
         self._maps = IdMaps.of(n, divisors=[n[1] * n[2], n[2], 1], limit=num_embeddings)
         self.reset_parameters()
         self.attach(optimizer)

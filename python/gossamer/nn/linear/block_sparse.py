@@ -12,11 +12,12 @@ from gossamer._checks import (
     check_flag,
     check_input,
     check_number,
-    check_positive,
     check_sequence,
     check_shape,
     check_sizes,
+    check_widths,
 )
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.replicas import evaluated_when_compiled
 from gossamer.ops.block_sparse import BlockSparseTensor, dds
 from gossamer.ops.block_topology import BlockTopology, check_block, check_topology
@@ -127,7 +128,7 @@ class BlockSparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(in_features=in_features, out_features=out_features)
+        check_widths(in_features=in_features, out_features=out_features)
         check_flag("bias", bias)
         self.in_features, self.out_features = in_features, out_features
         if topology is None:
@@ -139,15 +140,16 @@ class BlockSparseLinear(nn.Module):
         else:
             check_topology(topology)
             block, count = topology.block, topology.nnz_blocks
-        device = torch.get_default_device() if device is None else torch.device(device)
+        device = torch.get_default_device() if device is None else device
+        factory = factory_of(device, dtype)
         # Allocated before choosing blocks, so that a layer too large for the memory fails immediately.
-        values = torch.empty(count, *block, device=device, dtype=dtype)
+        values = torch.empty(count, *block, **factory)
         if topology is None:
             share = count / (grid[0] * grid[1])
             topology = BlockTopology.random(shape, block, share, generator=generator, balanced=True)
-        self._set_topology(topology, device)
+        self._set_topology(topology, values.device)
         self.values = nn.Parameter(values)
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.bias = new_parameter(out_features, **factory) if bias else None
         # Pairs of input and output gradient while gradients of missing blocks are tracked; else None.
         self.observe_gradient(False)
         self.reset_parameters()

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_flag, check_input, check_number, check_positive
+from gossamer._checks import check_flag, check_input, check_number, check_widths
+from gossamer._parameters import factory_of
 from gossamer.nn.linear.lora_factors import check_rank, spectral_factors
 
 
@@ -48,9 +49,9 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(in_features=in_features, out_features=out_features)
+        check_widths(in_features=in_features, out_features=out_features)
         check_flag("bias", bias)
-        self._setup(nn.Linear(in_features, out_features, bias, device, dtype), rank, init)
+        self._setup(nn.Linear(in_features, out_features, bias, **factory_of(device, dtype)), rank, init)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int, *, init: str = "spectral") -> LowRankLinear:

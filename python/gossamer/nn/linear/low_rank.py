@@ -15,7 +15,9 @@ from gossamer._checks import (
     check_padding_idx,
     check_positive,
     check_same_device,
+    check_widths,
 )
+from gossamer._parameters import factory_of
 from gossamer.nn.linear.lora_factors import (
     add_low_rank_,
     check_dropout,
@@ -132,9 +134,9 @@ class LoRALinear(_Mergeable):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_positive(in_features=in_features, out_features=out_features)
+        check_widths(in_features=in_features, out_features=out_features)
         check_flags(bias=bias)
-        base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        base = nn.Linear(in_features, out_features, bias=bias, **factory_of(device, dtype))
         super().__init__()
         self._setup(base, rank, alpha, dropout, rank_stabilized, dora, init)
 
@@ -304,7 +306,7 @@ class LoRAEmbedding(_Mergeable):
     ) -> None:
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         check_padding_idx(padding_idx, num_embeddings)
-        base = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        base = nn.Embedding(num_embeddings, embedding_dim, padding_idx, **factory_of(device, dtype))
         super().__init__()
         self._setup(base, rank, alpha, rank_stabilized, dora, init)
 

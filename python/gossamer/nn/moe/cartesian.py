@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import MAX_SIZE, check_number, check_positive, check_same_device, check_shape
+from gossamer._checks import MAX_SIZE, check_number, check_positive, check_same_device, check_shape, check_widths
+from gossamer._parameters import factory_of
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.layer import MoE
 from gossamer.nn.moe.routing import Routing, check_hidden
@@ -118,9 +119,9 @@ class CartesianMoE(nn.Module):
         if top_k is not None:
             check_positive(top_k=top_k)
         if shared_intermediate_size is not None:
-            check_positive(shared_intermediate_size=shared_intermediate_size)
+            check_widths(shared_intermediate_size=shared_intermediate_size)
         check_number("eps", eps, least=0, finite=True, optional=True)
-        factory = {"device": device, "dtype": dtype}
+        factory = factory_of(device, dtype)
         if router == "softmax_topk" and top_k != 1:
             router_options.setdefault("renormalize", True)
         routers, layers = _pair("router", router), _pair("experts", experts)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import check_positive, check_shape, check_strided, check_tensor, check_traceable
+from gossamer._checks import check_shape, check_strided, check_tensor, check_traceable, check_widths
+from gossamer._parameters import factory_of
 from gossamer.nn.moe.experts.grouped import Experts
 from gossamer.nn.moe.experts.shared import SharedExpert
 from gossamer.nn.moe.inference import infer, infer_routed
@@ -108,8 +109,8 @@ class MoE(nn.Module):
         if shared_gate and shared_intermediate_size is None:
             raise ValueError("shared_gate needs a shared expert, got shared_intermediate_size=None")
         if shared_intermediate_size is not None:
-            check_positive(shared_intermediate_size=shared_intermediate_size)
-        factory = {"device": device, "dtype": dtype}
+            check_widths(shared_intermediate_size=shared_intermediate_size)
+        factory = factory_of(device, dtype)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Callable
 
 import torch
@@ -16,14 +14,16 @@ from gossamer._checks import (
     check_flags,
     check_floating,
     check_index,
-    check_positive,
+    check_number,
     check_same_device,
     check_same_dtype,
     check_shape,
     check_strided,
     check_tensor,
     check_traceable,
+    check_widths,
 )
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
 from gossamer.nn.moe.routers import router_class
 from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
@@ -192,29 +192,26 @@ class MixtureOfAttention(nn.Module):
         **router_options: object,
     ) -> None:
         super().__init__()
-        check_positive(hidden_size=hidden_size, num_experts=num_experts, num_heads=num_heads, head_dim=head_dim)
+        check_widths(hidden_size=hidden_size, num_experts=num_experts, num_heads=num_heads, head_dim=head_dim)
         check_flags(bias=bias, causal=causal)
         if top_k is not None:
             check_selection(num_experts, top_k)
         if rope_theta is not None:
-            if isinstance(rope_theta, bool) or not isinstance(rope_theta, numbers.Real):
-                raise TypeError(f"rope_theta must be a number or None, got {type(rope_theta).__name__}")
-            if not 0 < rope_theta < math.inf:
-                raise ValueError(f"rope_theta must be positive and finite, or None, got {rope_theta}")
+            check_number("rope_theta", rope_theta, above=0, finite=True, optional=True)
             if head_dim % 2:
                 raise ValueError(f"head_dim must be even for rotary position embeddings, got {head_dim}")
         if not callable(attention):
             raise TypeError(f"attention must be callable, got {type(attention).__name__}")
-        factory = {"device": device, "dtype": dtype}
+        factory = factory_of(device, dtype)
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.num_heads, self.head_dim = num_heads, head_dim
         self.rope_theta, self.causal, self.attention = rope_theta, causal, attention
         self.router = self._router(router, top_k, router_options | factory)
         width = num_heads * head_dim
-        self.query_proj = nn.Parameter(torch.empty(num_experts, width, hidden_size, **factory))
-        self.output_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width, **factory))
+        self.query_proj = new_parameter(num_experts, width, hidden_size, **factory)
+        self.output_proj = new_parameter(num_experts, hidden_size, width, **factory)
         self.kv_proj = nn.Linear(hidden_size, 2 * width, bias=False, **factory)
-        self.bias = nn.Parameter(torch.empty(hidden_size, **factory)) if bias else None
+        self.bias = new_parameter(hidden_size, **factory) if bias else None
         self.reset_parameters()
 
     def _router(self, router: object, top_k: int | None, options: dict[str, object]) -> nn.Module:

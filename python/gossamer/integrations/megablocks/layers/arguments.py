@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_flags, check_number, check_positive
+from gossamer._checks import check_device, check_flags, check_number, check_widths
 from gossamer.nn.moe.capacity import check_capacity_factor
 from gossamer.nn.moe.routing import check_selection
 
@@ -124,7 +124,8 @@ class Arguments:
 def check_arguments(args: Arguments) -> None:
     """Check the options of :class:`Arguments`; layers call it again, since options may have been changed."""
     names = ("hidden_size", "ffn_hidden_size", "num_layers", "pipeline_model_parallel_size")
-    check_positive(**{name: getattr(args, name) for name in names})
+    check_widths(**{name: getattr(args, name) for name in names})
+    check_device("device", args.device)
     try:
         check_selection(args.moe_num_experts, args.moe_top_k)
     except (TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from torch import nn
 from gossamer import _backend
 from gossamer._activation import Activation
 from gossamer._checks import check_flag, check_number, check_positive
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.moe.experts.factored import FactoredExperts, sizes_and_options
 from gossamer.nn.moe.experts.grouped import Experts, float_weights
 from gossamer.nn.moe.experts.split import split_mlp
@@ -93,13 +94,11 @@ class BasisExperts(FactoredExperts):
         self.nonlinearity = nonlinearity
         halves = self.activation.halves
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.bases = parameter(halves, num_bases, rank, hidden_size)
-        self.mix = parameter(num_experts, halves, num_bases)
-        self.factor = parameter(num_experts, halves, intermediate_size, rank)
-        self.down_proj = parameter(num_experts, hidden_size, intermediate_size)
+        factory = factory_of(device, dtype)
+        self.bases = new_parameter(halves, num_bases, rank, hidden_size, **factory)
+        self.mix = new_parameter(num_experts, halves, num_bases, **factory)
+        self.factor = new_parameter(num_experts, halves, intermediate_size, rank, **factory)
+        self.down_proj = new_parameter(num_experts, hidden_size, intermediate_size, **factory)
         self._add_biases(bias, self.down_proj)
         self.reset_parameters()
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation, as_activation
-from gossamer._checks import check_positive
+from gossamer._checks import check_widths
 from gossamer.nn.moe.capacity import check_capacity_factor
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.experts.grouped import Experts
@@ -33,7 +33,7 @@ class FactoredExperts(ExpertLayer):
 
     def _set_sizes(self, sizes: Mapping[str, int], activation: str | Activation, capacity_factor: float | None) -> None:
         """Check the sizes and options, and keep them."""
-        check_positive(**sizes)
+        check_widths(**sizes)
         check_capacity_factor(capacity_factor)
         for name, size in sizes.items():
             setattr(self, name, size)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation, as_activation, check_interleaved
-from gossamer._checks import check_flags, check_positive
+from gossamer._checks import check_flags, check_widths
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.moe.capacity import check_capacity_factor
 from gossamer.nn.moe.experts.base import Columns, ExpertLayer
 from gossamer.nn.moe.experts.block_sparse import best_block, block_sparse_mlp
@@ -87,7 +88,7 @@ class Experts(ExpertLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        check_widths(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
         self.activation = as_activation(activation)
         check_flags(bias=bias, interleaved=interleaved, transposed=transposed)
         check_interleaved(interleaved, self.activation)
@@ -106,16 +107,14 @@ class Experts(ExpertLayer):
         self._up_name = "gate_up_proj" if self.activation.gated else "up_proj"
         wide = self.activation.halves * intermediate_size
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
+        factory = factory_of(device, dtype)
         up_shape, down_shape = (wide, hidden_size), (hidden_size, intermediate_size)
         if transposed:
             up_shape, down_shape = up_shape[::-1], down_shape[::-1]
-        self.register_parameter(self._up_name, parameter(num_experts, *up_shape))
-        self.register_parameter("down_proj", parameter(num_experts, *down_shape))
-        self.register_parameter(f"{self._up_name}_bias", parameter(num_experts, wide) if bias else None)
-        self.register_parameter("down_proj_bias", parameter(num_experts, hidden_size) if bias else None)
+        self.register_parameter(self._up_name, new_parameter(num_experts, *up_shape, **factory))
+        self.register_parameter("down_proj", new_parameter(num_experts, *down_shape, **factory))
+        self.register_parameter(f"{self._up_name}_bias", new_parameter(num_experts, wide, **factory) if bias else None)
+        self.register_parameter("down_proj_bias", new_parameter(num_experts, hidden_size, **factory) if bias else None)
         self.reset_parameters()
 
     @property

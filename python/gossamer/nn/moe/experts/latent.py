@@ -11,6 +11,7 @@ from torch import nn
 
 from gossamer._activation import Activation
 from gossamer._checks import check_flags, check_input
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.moe.experts.factored import FactoredExperts, sizes_and_options
 from gossamer.nn.moe.experts.grouped import Experts, float_weights
 from gossamer.nn.moe.experts.quantized_stack import expert_weight
@@ -137,20 +138,18 @@ class LatentExperts(FactoredExperts):
         self.separate_latents = separate_latents
         groups, halves = num_experts // group_size, self.activation.halves
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.in_proj = parameter(groups, (1 + separate_latents) * latent_size, hidden_size)
+        factory = factory_of(device, dtype)
+        self.in_proj = new_parameter(groups, (1 + separate_latents) * latent_size, hidden_size, **factory)
         if separate_latents:
             self._up_names: tuple[str, ...] = ("gate_proj", "up_proj")
         else:
             self._up_names = ("gate_up_proj",) if self.activation.gated else ("up_proj",)
         for name in self._up_names:
             rows = halves * intermediate_size // len(self._up_names)
-            self.register_parameter(name, parameter(num_experts, rows, latent_size))
+            self.register_parameter(name, new_parameter(num_experts, rows, latent_size, **factory))
         width = latent_size if shared_output else hidden_size
-        self.down_proj = parameter(num_experts, width, intermediate_size)
-        out_proj = parameter(groups, hidden_size, latent_size) if shared_output else None
+        self.down_proj = new_parameter(num_experts, width, intermediate_size, **factory)
+        out_proj = new_parameter(groups, hidden_size, latent_size, **factory) if shared_output else None
         self.register_parameter("out_proj", out_proj)
         self._add_biases(bias, self.down_proj)
         self.reset_parameters()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation
-from gossamer._checks import check_flags, check_positive, check_shape, check_strided, check_tensor
+from gossamer._checks import check_flags, check_positive, check_sequence, check_shape, check_strided, check_tensor
 from gossamer.nn.linear.lora_factors import (
     add_low_rank_,
     check_init,
@@ -169,6 +169,8 @@ class LoRAExperts(Experts):
         if self.form != "grouped":
             raise ValueError(f"form must be 'grouped' for experts with low-rank updates, got {self.form!r}")
         known = (self._up_name, "down_proj")
+        if targets is not None:
+            check_sequence("targets", targets)
         targets = known if targets is None else tuple(targets)
         if not targets or set(targets) - set(known) or len(set(targets)) != len(targets):
             raise ValueError(f"targets must be one or both of {known}, got {targets}")

@@ -9,8 +9,9 @@ from torch import nn
 
 from gossamer._activation import Activation, as_activation
 from gossamer._autocast import no_autocast
-from gossamer._checks import check_flags, check_input, check_positive, check_traceable
+from gossamer._checks import check_flags, check_input, check_positive, check_traceable, check_widths
 from gossamer._layout import with_leading_sizes
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.embeddings.fused_step import FusedStep
 from gossamer.nn.embeddings.table import bytes_of
 from gossamer.nn.moe.experts.base import ExpertLayer
@@ -89,9 +90,8 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(
-            hidden_size=hidden_size, num_experts=num_experts, num_heads=num_heads, top_k=top_k, key_dim=key_dim
-        )
+        check_positive(top_k=top_k)
+        check_widths(hidden_size=hidden_size, num_experts=num_experts, num_heads=num_heads, key_dim=key_dim)
         check_flags(query_norm=query_norm, shared_keys=shared_keys)
         side = math.isqrt(num_experts)
         if side * side != num_experts:
@@ -103,16 +103,16 @@ class ProductKeyExperts(FusedStep, ExpertLayer):
         self.activation = as_activation(activation)
         if self.activation.gated:
             raise ValueError(f"activation must be ungated for single neurons, got {self.activation.name!r}")
-        factory = {"device": device, "dtype": dtype}
+        factory = factory_of(device, dtype)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.num_heads = num_heads
         self.top_k = top_k
         self.key_dim = key_dim
-        self.input_weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
-        self.output_weight = nn.Parameter(torch.empty(num_experts, hidden_size, **factory))
+        self.input_weight = new_parameter(num_experts, hidden_size, **factory)
+        self.output_weight = new_parameter(num_experts, hidden_size, **factory)
         groups = 1 if shared_keys else num_heads
-        self.keys = nn.Parameter(torch.empty(groups, 2, side, key_dim // 2, **factory))
+        self.keys = new_parameter(groups, 2, side, key_dim // 2, **factory)
         self.query = nn.Linear(hidden_size, num_heads * key_dim, bias=False, **factory)
         self.query_norm = nn.BatchNorm1d(num_heads * key_dim, **factory) if query_norm else None
         self._draw()

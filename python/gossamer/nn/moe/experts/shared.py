@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from gossamer._activation import Activation, as_activation
-from gossamer._checks import check_flag, check_input, check_positive
+from gossamer._checks import check_flag, check_input, check_widths
+from gossamer._parameters import factory_of
 from gossamer.ops.activate import activate
 
 
@@ -38,11 +39,11 @@ class SharedExpert(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
+        check_widths(hidden_size=hidden_size, intermediate_size=intermediate_size)
         check_flag("bias", bias)
         self.activation = as_activation(activation)
         self._up_name = "gate_up_proj" if self.activation.gated else "up_proj"
-        form = {"bias": bias, "device": device, "dtype": dtype}
+        form = {"bias": bias, **factory_of(device, dtype)}
         self.add_module(self._up_name, nn.Linear(hidden_size, self.activation.halves * intermediate_size, **form))
         self.down_proj = nn.Linear(intermediate_size, hidden_size, **form)
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gossamer._checks import check_number, check_positive, check_seed
+from gossamer._checks import check_fits, check_number, check_positive, check_seed
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.moe.capacity import check_capacity_factor, limit_capacity
 from gossamer.nn.moe.routers.base import StepCount
 from gossamer.nn.moe.routers.linear import LinearRouter
@@ -87,7 +88,7 @@ class ClusterRouter(StepCount, LinearRouter):
         check_number("temperature", temperature, above=0, finite=True)
         check_seed(seed)
         check_capacity_factor(capacity_factor)
-        factory = {"device": device, "dtype": dtype}
+        factory = factory_of(device, dtype)
         super().__init__(hidden_size, num_experts, 1, num_logits=projection_size, **options, **factory)
         self.num_clusters = num_clusters
         self.dropout = dropout
@@ -95,8 +96,9 @@ class ClusterRouter(StepCount, LinearRouter):
         self.capacity_factor = capacity_factor
         self.seed = seed
         self._first_temperature = temperature
-        self.centroids = nn.Parameter(torch.empty(num_experts, projection_size, **factory))
-        self.temperature = nn.Parameter(torch.empty((), **factory))
+        self.centroids = new_parameter(num_experts, projection_size, **factory)
+        self.temperature = new_parameter(**factory)
+        check_fits("temperature", temperature, self.temperature.dtype)
         self.register_buffer("survivors", self._draw(0).to(device))
         self.count_steps(device)
         self.reset_parameters()

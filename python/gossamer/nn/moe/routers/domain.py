@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gossamer._checks import check_index, check_same_device
+from gossamer._checks import check_index, check_positive, check_same_device
 from gossamer.nn.moe.routers.base import Router, RouterAround
 from gossamer.nn.moe.routers.hash import check_ids, checked_table
 from gossamer.nn.moe.routing import Routing, padded
@@ -50,9 +50,11 @@ class DomainRouter(RouterAround):
         default.
         """
         domains = num_experts if num_domains is None else num_domains
-        width = 1 if top_k is None else top_k
-        table = torch.arange(domains * width, device=options.get("device")).view(domains, width) % num_experts
-        return cls(table, cls.inner(hidden_size, num_experts, top_k, options), **options)
+        width, device = 1 if top_k is None else top_k, options.get("device")
+        check_positive(num_domains=domains, top_k=width)
+        inner = cls.inner(hidden_size, num_experts, top_k, options)
+        table = torch.arange(domains * width, device=device).view(domains, width) % num_experts
+        return cls(table, inner, **options)
 
     def forward(self, x: torch.Tensor, *, token_ids: torch.Tensor | None = None) -> Routing:
         """The routing of ``x (..., H)``.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gossamer._checks import check_floating, check_positive, check_same_device, check_shape
+from gossamer._checks import check_fits, check_floating, check_positive, check_same_device, check_shape, check_widths
 from gossamer.nn.moe.routers.gates import check_gamma, most_experts, route_parts
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, as_logits, check_hidden, check_rows_per_token, row_bound
@@ -99,7 +99,7 @@ class DSelectKRouter(LinearRouter):
         rows_per_token: float | None = None,
         **options: object,
     ) -> None:
-        check_positive(num_experts=num_experts, num_selectors=num_selectors)
+        check_widths(num_experts=num_experts, num_selectors=num_selectors)
         check_gamma(gamma)
         check_rows_per_token(rows_per_token)
         bits = (num_experts - 1).bit_length()
@@ -124,6 +124,7 @@ class DSelectKRouter(LinearRouter):
 
     def reset_parameters(self) -> None:
         """Redraw weight and bias."""
+        check_fits("gamma", self.gamma, self.bias.dtype)
         codes = self.num_selectors * self.bits
         nn.init.zeros_(self.bias)
         with torch.no_grad():

@@ -18,6 +18,7 @@ from gossamer._checks import (
     check_shape,
     check_strided,
 )
+from gossamer._parameters import factory_of
 from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routing import Routing, check_selection, given_experts
 
@@ -86,7 +87,10 @@ def frequency_table(frequencies: torch.Tensor, num_experts: int, top_k: int = 1,
     generator.shuffle(order)
     values = values.tolist()
     order.sort(key=lambda i: -values[i])
-    loads = [(0.0, generator.random(), expert) for expert in range(num_experts)]
+    # More experts than slots stay without ids, whichever they are.
+    slots = len(order) * top_k
+    experts = range(num_experts) if num_experts <= slots else generator.sample(range(num_experts), slots)
+    loads = [(0.0, generator.random(), expert) for expert in experts]
     heapq.heapify(loads)
     table = [[0] * top_k for _ in order]
     for i in order:
@@ -142,7 +146,7 @@ class HashRouter(Router):
         dtype: torch.dtype | None = None,
     ) -> HashRouter:
         """With a balanced table of ``vocabulary`` ids."""
-        return cls.balanced(vocabulary, num_experts, top_k, seed=seed).to(device)
+        return cls.balanced(vocabulary, num_experts, top_k, seed=seed).to(factory_of(device, dtype)["device"])
 
     def forward(self, x: torch.Tensor | None = None, *, token_ids: torch.Tensor | None = None) -> Routing:
         """The routing of ``token_ids (...)``, each in ``0 ... V-1`` (checked on the CPU); T is their number.

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer._autocast import no_autocast
-from gossamer._checks import check_flag, check_positive
+from gossamer._checks import check_flag, check_positive, check_widths
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.moe.routers.base import Router
 from gossamer.nn.moe.routers.topk import sigmoid_topk, softmax_topk, topk_softmax
 from gossamer.nn.moe.routing import Routing, check_hidden, check_selection
@@ -73,8 +74,8 @@ class LinearRouter(Router):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(hidden_size=hidden_size)
         check_selection(num_experts, top_k)
+        check_widths(hidden_size=hidden_size, num_experts=num_experts)
         rows = num_experts if num_logits is None else num_logits
         check_positive(num_logits=rows)
         check_flag("bias", bias)
@@ -83,8 +84,9 @@ class LinearRouter(Router):
         self.num_experts = num_experts
         self.top_k = top_k
         self.upcast = upcast
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+        factory = factory_of(device, dtype)
+        self.weight = new_parameter(rows, hidden_size, **factory)
+        self.bias = new_parameter(rows, **factory) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gossamer._checks import check_flags, check_number, check_positive, check_sequence
+from gossamer._parameters import factory_of, new_parameter
 from gossamer.nn.moe.experts.base import ExpertLayer
 from gossamer.nn.moe.routers.base import Router, RouterAround, StepCount
 from gossamer.nn.moe.routing import Routing, dense_weights, route_where
@@ -138,7 +139,8 @@ class LearnedPermutation(StepCount, RouterAround):
         self.iterations = tuple(iterations)
         self.noise = noise
         e, parts = self.num_experts, (router.num_parts,) if per_part else ()
-        self.log_weights = nn.Parameter(torch.empty(*parts, e, e, device=device, dtype=dtype))
+        factory = factory_of(device, dtype)
+        self.log_weights = new_parameter(*parts, e, e, **factory)
         self.register_buffer("assignment", torch.arange(e, device=device).expand(*parts, e).clone())
         self.count_steps(device)
         self.reset_parameters()

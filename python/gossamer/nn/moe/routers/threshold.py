@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import last_size
+from gossamer._checks import check_sizes, check_widths, last_size
 from gossamer.nn.moe.routers.gates import most_experts
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, check_rows_per_token, check_share, row_bound, softmax_until
 
 
 def _check_null_experts(null_experts: int) -> None:
-    if not isinstance(null_experts, int) or isinstance(null_experts, bool):
-        raise TypeError(f"null_experts must be an int, got {type(null_experts).__name__}")
-    if null_experts < 0:
-        raise ValueError(f"null_experts must be at least 0, got {null_experts}")
+    check_sizes(null_experts=null_experts)
+    check_widths(null_experts=max(null_experts, 1))
 
 
 def softmax_threshold(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gossamer._checks import check_floating, check_positive, check_same_device, check_shape
+from gossamer._checks import check_fits, check_floating, check_same_device, check_shape, check_widths
 from gossamer.nn.moe.routers.gates import check_gamma, most_experts, route_parts
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, as_logits, check_rows_per_token, row_bound
@@ -15,7 +15,7 @@ from gossamer.ops.tree_routing import TreeRouting, tree_routing
 
 
 def _check_trees(num_experts: int, num_trees: int, gamma: float) -> None:
-    check_positive(num_experts=num_experts, num_trees=num_trees)
+    check_widths(num_experts=num_experts, num_trees=num_trees)
     if num_experts < 2:
         raise ValueError(f"num_experts must be at least 2, the leaves of a tree, got {num_experts}")
     check_gamma(gamma)
@@ -120,6 +120,7 @@ class TreeRouter(LinearRouter):
 
     def reset_parameters(self) -> None:
         """Redraw the weight."""
+        check_fits("gamma", self.gamma, self.weight.dtype)
         with torch.no_grad():
             rows = self.weight.view(self.num_trees, 2 * self.num_experts - 1, self.hidden_size)
             rows[:, : self.num_experts - 1].uniform_(-self.gamma / 100, self.gamma / 100)
