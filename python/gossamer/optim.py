@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from gossamer._checks import check_seed
+from gossamer._checks import as_float, check_device, check_dtype, check_fits, check_seed, check_sizes, shown
 from gossamer._step_rules import RULES, StepRule
 
 
@@ -19,7 +19,8 @@ def _check(name: str, value: Any, low: float, high: float = math.inf, *, below: 
     inside = low <= value < high if below else low <= value <= high
     if not inside:
         interval = f"[{low:g}, {high:g}" + (")" if below or math.isinf(high) else "]")
-        raise ValueError(f"{name} must be in {interval}, got {value}")
+        raise ValueError(f"{name} must be in {interval}, got {shown(value)}")
+    as_float(name, value)
 
 
 def _check_flag(name: str, value: Any) -> None:
@@ -149,6 +150,9 @@ class Optimizer:
             replaced by a view with another row stride, so that rows of a larger storage can hold weights and state side
             by side.
         """
+        check_sizes(num_rows=num_rows, dim=dim)
+        check_device("device", device)
+        check_dtype("dtype", dtype)
         shapes = {"full": (num_rows, dim), "row": (num_rows,)}
         state = {"step": torch.zeros(1, dtype=torch.int64, device=device)}
         for name, kind in self.state_kinds().items():
@@ -207,6 +211,18 @@ class Adagrad(Optimizer):
     def initial_value(self) -> float:
         """The accumulator's initial value."""
         return float(self.initial_accumulator)
+
+    def state(
+        self,
+        num_rows: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, torch.Tensor]:
+        """As in the base class; ``initial_accumulator`` must fit ``dtype``."""
+        check_dtype("dtype", dtype)
+        check_fits("initial_accumulator", self.initial_value(), dtype or torch.get_default_dtype())
+        return super().state(num_rows, dim, device, dtype)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ def step_reference(
     Returns:
         The new rows and states.
     """
-    if math.isfinite(rule.clip_value):
+    # torch clamps to no number beyond the dtype's, which no gradient exceeds.
+    if rule.clip_value <= torch.finfo(grad.dtype).max:
         grad = grad.clamp(-rule.clip_value, rule.clip_value)
     if math.isfinite(rule.clip_norm):
         norm = rows.norm(grad)

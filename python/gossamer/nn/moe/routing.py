@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -41,12 +40,7 @@ def check_selection(num_experts: int, top_k: int, n_group: int = 1, topk_group: 
     """Check that ``topk_group`` of ``n_group`` equal groups contain at least K experts, and that ``scale`` is
     finite.
     """
-    # float is checked first: isinstance with an abstract class takes a microsecond.
-    if not isinstance(scale, (float, numbers.Real)) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number, got {scale!r}")
-    # Compared instead of math.isfinite, which does not accept the symbolic numbers of compilers.
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+    check_number("scale", scale, finite=True)
     check_positive(num_experts=num_experts, top_k=top_k, n_group=n_group, topk_group=topk_group)
     if top_k > num_experts:
         raise ValueError(f"top_k must be at most num_experts, got top_k={top_k}, num_experts={num_experts}")

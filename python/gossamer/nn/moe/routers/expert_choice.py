@@ -44,7 +44,7 @@ def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
     _check_factor(capacity_factor)
     logits = as_logits(logits)
     num_tokens, num_experts = logits.shape
-    capacity = min(num_tokens, max(1, int(capacity_factor * (num_tokens / num_experts))))
+    capacity = min(num_tokens, max(1, int(min(num_tokens, capacity_factor * (num_tokens / num_experts)))))
     probabilities = softmax_probabilities(logits)
     chosen = choose_tokens(logits, probabilities.detach(), capacity)
     return route_where(chosen, probabilities, logits=logits, max_rows=num_experts * capacity)
