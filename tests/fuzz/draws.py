@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +12,12 @@ import torch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The dtypes of parameters, float32 more often than the others.
 PARAMETERS = (None, None, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def places(make: Callable) -> dict[str, object]:
+    """What a constructor takes for the device and dtype of its parameters, at first."""
+    parameters = inspect.signature(make).parameters
+    return {name: parameters[name].default for name in ("device", "dtype") if name in parameters}
 
 
 def generator(rng: random.Random) -> torch.Generator:

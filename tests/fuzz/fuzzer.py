@@ -25,6 +25,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,8 +53,18 @@ def subjects() -> list[tuple[Callable, bool]]:
     found = []
     for path in sorted(Path(__file__).parent.glob("subjects_*.py")):
         module = importlib.import_module(path.stem)
-        found += [(subject, getattr(module, "DIFFERENTIABLE", False)) for subject in module.SUBJECTS]
+        found += [(placed(subject), getattr(module, "DIFFERENTIABLE", False)) for subject in module.SUBJECTS]
     return found
+
+
+def placed(subject: Callable) -> Callable:
+    """A subject that also gives the ``device`` and ``dtype`` that its call takes, so that they are spoiled too."""
+
+    def drawn(rng: random.Random) -> tuple[Callable, dict]:
+        call, args = subject(rng)
+        return call, getattr(call, "places", {}) | args
+
+    return drawn
 
 
 def _spread(t: torch.Tensor) -> torch.Tensor:
@@ -95,7 +106,12 @@ SPOILED: tuple[Callable[[random.Random, torch.Tensor], object], ...] = (
     lambda rng, t: None,
     lambda rng, t: "text",
 )
-OTHERS = (None, -1, 0, 2**31, 2**63, 1.5, float("nan"), True, "text", [1], (16, 16), torch.ones(2))
+# Numbers of many sizes and kinds; dtypes and devices that nothing is computed in or on; everything else.
+OTHERS = (
+    *(-1, 0, 2**31, 2**62, 2**63, 10**400, 1.5, 1e308, float("nan"), Fraction(1, 3)),
+    *(torch.int64, torch.complex64, torch.float8_e4m3fn, torch.device("cuda", 99)),
+    *(None, True, "text", [1], (16, 16), torch.ones(2), torch.tensor(0.5)),
+)
 
 
 def spoil(rng: random.Random, value: object) -> tuple[object, str]:

@@ -56,8 +56,6 @@ def of_arguments(rng):
     call.__qualname__ = kind.__name__
     # What the primitives behind the layers call their inputs.
     call.signature = ["expert_ids", "weights", "logits"]
-    # As torch's own modules, which the options make.
-    call.fixed = ("device",)
     return call, args | {"x": x}
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from draws import FLOATS, PARAMETERS, ids, loss, randn, size
+from draws import FLOATS, PARAMETERS, ids, loss, places, randn, size
 
 import gossamer
 from gossamer import nn
@@ -43,6 +43,7 @@ def layer_call(make: Callable[..., torch.nn.Module], inputs: tuple[str, ...], po
     call.__qualname__ = getattr(make, "__qualname__", repr(make))
     # What the primitives behind the layers call their inputs.
     call.signature = [*inspect.signature(make).parameters, "expert_ids", "weights"]
+    call.places = places(make)
     return call
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from draws import FLOATS, ids, loss, ragged, randn, size
+from draws import FLOATS, ids, loss, places, ragged, randn, size
 
 import gossamer
 from gossamer import nn, optim
@@ -262,6 +262,7 @@ def trained(make, inputs):
     # What the primitives behind the layers call their inputs.
     call.signature = ["index", "table", "weights", "per_sample_weights", "capacity"]
     # As torch's own layers, whose constructors they are.
+    call.places = places(make)
     call.errors = (AssertionError,) if issubclass(make, torch.nn.Embedding | torch.nn.EmbeddingBag) else ()
     return call
 
