@@ -108,9 +108,13 @@ VALUES = {
     ),
     "columns": (
         lambda: megablocks.replicate(torch.ones(1, 2), IDS, 2**63 - 1),
-        r"num_outputs must be at most 2\*\*60",
+        f"num_outputs must be at most {2**60}, got",
     ),
-    "a table of MegaBlocks": (lambda: megablocks.histogram(IDS, 2**63 - 1), r"max_val must be at most 2\*\*60"),
+    "a table of MegaBlocks": (lambda: megablocks.histogram(IDS, 2**63 - 1), f"max_val must be at most {2**60}"),
+    "padded rows": (
+        lambda: megablocks.padded_gather(torch.ones(2, 1), IDS, IDS, 1 + IDS, 1 + IDS, 1, 2**63 - 1),
+        f"output_rows must be at most {2**60}",
+    ),
     "layers of MegaBlocks": (
         lambda: Arguments(ffn_hidden_size=2**62),
         r"hidden_size · ffn_hidden_size must be at most 2\*\*60",

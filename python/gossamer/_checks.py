@@ -63,14 +63,19 @@ def check_sizes(**sizes: int) -> None:
     _check_sizes(0, sizes)
 
 
-def _check_sizes(least: int, sizes: dict[str, int]) -> None:
+def check_lengths(**sizes: int) -> None:
+    """Every size given must be an int of at least 0 that an int64 has room to add to."""
+    _check_sizes(0, sizes, most=2**60)
+
+
+def _check_sizes(least: int, sizes: dict[str, int], most: int = MAX_SIZE) -> None:
     for name, size in sizes.items():
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {typed(size)}")
         if size < least:
             raise ValueError(f"{name} must be at least {least}, got {shown(size)}")
-        if type(size) is int and size > MAX_SIZE:
-            raise ValueError(f"{name} must be at most {MAX_SIZE}, got {shown(size)}")
+        if type(size) is int and size > most:
+            raise ValueError(f"{name} must be at most {most}, got {shown(size)}")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -68,7 +68,9 @@ def test_seeks_a_resolution_for_a_budget():
         ({"items": torch.tensor([0])}, ValueError, r"items must have shape \(L,\), as users = \(2\), got \(1,\)"),
         ({"users": torch.tensor([0, 3])}, IndexError, r"users must be in \[0, 3\), got 3"),
         ({"items": torch.tensor([0, -1])}, IndexError, r"items must be in \[0, 3\), got -1"),
-        ({"resolution": 0.0}, ValueError, r"resolution must be positive, got 0\.0"),
+        ({"resolution": 0.0}, ValueError, r"resolution must be positive and finite, got 0\.0"),
+        ({"tolerance": -1.0}, ValueError, r"tolerance must be at least 0, got -1\.0"),
+        ({"num_users": 2**62}, ValueError, f"num_users must be at most {2**60}, got {2**62}"),
         ({"users": torch.tensor([0.5, 1])}, TypeError, "users must be int32 or int64"),
     ],
 )

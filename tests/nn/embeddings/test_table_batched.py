@@ -223,6 +223,8 @@ def test_errors(device):
             TableBatchedEmbeddingBags(**arguments)
     with pytest.raises(TypeError, match=r"gossamer\.optim"):
         TableBatchedEmbeddingBags([(3, 2)], optimizer="sgd")
+    with pytest.raises(TypeError, match="feature_names must be a sequence, got int"):
+        TableBatchedEmbeddingBags([(3, 2)], feature_names=1)
     module = TableBatchedEmbeddingBags([(3, 2)], device=device)
     with pytest.raises(TypeError, match="offsets"):
         module(torch.tensor([1], device=device))

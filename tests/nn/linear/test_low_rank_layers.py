@@ -377,6 +377,7 @@ BAD = [
     (lambda: LoRAEmbedding.from_embedding(torch.nn.Embedding(8, 4, max_norm=1.0), 2), ValueError, "max_norm"),
     (lambda: LoRAExperts(2, 8, 4, 5), ValueError, r"rank must be in \[1, 4\]"),
     (lambda: LoRAExperts(2, 8, 4, 2, targets=("up_proj",)), ValueError, r"targets must be one or both of"),
+    (lambda: LoRAExperts(2, 8, 4, 2, targets=1), TypeError, r"targets must be a sequence, got int"),
     (lambda: LoRAExperts.from_experts(torch.nn.Linear(2, 2), 1), TypeError, "got Linear"),
     (lambda: LowRankLinear(8, 4, 9), ValueError, r"rank must be in \[1, 4\]"),
     (lambda: LowRankLinear(8, 4, 2, init="ones"), ValueError, "init must be 'spectral' or 'spectral_ones'"),

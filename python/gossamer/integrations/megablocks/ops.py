@@ -13,6 +13,7 @@ from gossamer._checks import (
     MAX_SIZE,
     check_floating,
     check_index,
+    check_lengths,
     check_positive,
     check_same_device,
     check_sequence,
@@ -20,7 +21,6 @@ from gossamer._checks import (
     check_sizes,
     check_strided,
     check_tensor,
-    check_widths,
     shown,
 )
 from gossamer._trusted import check_range, is_readable
@@ -90,8 +90,7 @@ def histogram(x: torch.Tensor, max_val: int) -> torch.Tensor:
         ValueError: another rank, or ``max_val`` below 1.
     """
     _check_integers("x", x)
-    check_sizes(max_val=max_val)
-    check_widths(max_val=max(max_val, 1))
+    check_lengths(max_val=max_val)
     if x.dim() not in (1, 2) or max_val < 1:
         raise ValueError(f"x must be 1-D or 2-D and max_val at least 1, got {tuple(x.shape)} and {max_val}")
     rows = x.long() if x.dim() == 2 else x.long().unsqueeze(0)
@@ -170,8 +169,7 @@ def replicate(x: torch.Tensor, bins: torch.Tensor, num_outputs: int) -> torch.Te
     check_shape("bins", bins, (x.shape[1],), "(E,)")
     check_strided("x", x)
     check_same_device(x=x, bins=bins)
-    check_sizes(num_outputs=num_outputs)
-    check_widths(num_outputs=max(num_outputs, 1))
+    check_lengths(num_outputs=num_outputs)
     columns = torch.arange(num_outputs, dtype=bins.dtype, device=x.device)
     source = torch.searchsorted(bins, columns, right=True)
     if x.is_floating_point():
@@ -299,7 +297,7 @@ def padded_gather(
     check_shape("padded_bins", padded_bins, tuple(bins.shape), "(E,), as bins")
     check_shape("x", x, (indices.shape[0] // top_k, None), "(T, D)")
     output_rows = int(padded_bins[-1]) if output_rows is None else output_rows
-    check_sizes(output_rows=output_rows)
+    check_lengths(output_rows=output_rows)
     return _spread(x, indices, _padded_rows(bin_ids, bins, padded_bins), output_rows, top_k)
 
 

@@ -9,11 +9,11 @@ import torch
 from gossamer._checks import (
     check_has_numbers,
     check_index,
+    check_lengths,
     check_number,
     check_positive,
     check_seed,
     check_shape,
-    check_widths,
 )
 
 
@@ -84,8 +84,8 @@ def graph_clusters(
         from sknetwork.clustering import Louvain
     except ImportError as error:
         raise ImportError("graph_clusters needs scikit-network: pip install 'gossamer[graphs]'") from error
-    check_widths(num_users=num_users)
-    check_widths(num_items=num_items)
+    check_positive(num_users=num_users, num_items=num_items)
+    check_lengths(num_users=num_users, num_items=num_items)
     check_index("users", users)
     check_shape("users", users, (None,), "(L,)")
     check_index("items", items)

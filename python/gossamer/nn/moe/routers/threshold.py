@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from gossamer._checks import check_sizes, check_widths, last_size
+from gossamer._checks import check_lengths, last_size
 from gossamer.nn.moe.routers.gates import most_experts
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, check_rows_per_token, check_share, row_bound, softmax_until
 
 
 def _check_null_experts(null_experts: int) -> None:
-    check_sizes(null_experts=null_experts)
-    check_widths(null_experts=max(null_experts, 1))
+    check_lengths(null_experts=null_experts)
 
 
 def softmax_threshold(
