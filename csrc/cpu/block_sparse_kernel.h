@@ -356,7 +356,8 @@ template <class T>
 void zero_tail(const SampledProductArgs& a, Team team) {
   const int64_t live = a.lists.offsets[a.lists.count], size = a.bm * a.bn;
   const auto tail = team.share((a.nnz - live) * size);
-  std::memset(static_cast<void*>(static_cast<T*>(a.values) + live * size + tail.begin), 0, (tail.end - tail.begin) * sizeof(T));
+  // Unlike memset, which may take no null pointer, also for values without a block.
+  std::fill_n(static_cast<T*>(a.values) + live * size + tail.begin, tail.end - tail.begin, T{});
 }
 
 template <int VecsA, int VecsB, class T>
