@@ -80,6 +80,15 @@ def test_quantising_is_nearest_and_idempotent(weight_format, device):
     torch.testing.assert_close(again.dequantize(), dense, rtol=2**-8 if weight_format == "int4" else 2e-7, atol=0)
 
 
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_stack_on_meta_costs_no_more_than_its_shapes(weight_format):
+    """As many experts as no loop could visit."""
+    few = QuantizedExpertWeight.quantize(torch.randn(2, 3, 256), weight_format)
+    many = QuantizedExpertWeight.quantize(torch.empty(1, 3, 256, device="meta").expand(2**40, 3, 256), weight_format)
+    for one, other in ((few.data, many.data), (few.scale, many.scale)):
+        assert other.is_meta and (other.dtype, other.shape) == (one.dtype, (2**40, *one.shape[1:]))
+
+
 def test_mxfp4_rounds_ties_to_even(device):
     """Halfway between two codes the one with an even last bit is taken; the scale is the least that reaches."""
     row = torch.tensor([6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -5.0] + [0.0] * 22, device=device)

@@ -268,13 +268,13 @@ class QuantizedExpertWeight:
         cls, weight: torch.Tensor, format: str, *, group_size: int = MX_GROUP, activations: str = "float"
     ) -> QuantizedExpertWeight:
         """:meth:`quantize` of what :func:`check_quantizable` accepts, without reading all values once more."""
-        data = scale = None
-        for i, expert in enumerate(weight.detach()):
-            one_data, one_scale = _QUANTIZERS[format](expert.float(), group_size)
-            if data is None:
-                data = one_data.new_empty(weight.shape[0], *one_data.shape)
-                scale = one_scale.new_empty(weight.shape[0], *one_scale.shape)
-            data[i], scale[i] = one_data, one_scale
+        experts, quantizer = weight.detach(), _QUANTIZERS[format]
+        first = quantizer(experts[0].float(), group_size)
+        data, scale = (part.new_empty(weight.shape[0], *part.shape) for part in first)
+        data[0], scale[0] = first
+        # On meta the shapes are all that there is.
+        for i in range(1, 1 if weight.is_meta else weight.shape[0]):
+            data[i], scale[i] = quantizer(experts[i].float(), group_size)
         return cls(data, scale, format, activations)
 
     @classmethod
