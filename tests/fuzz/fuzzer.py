@@ -442,8 +442,10 @@ def _run_in_fork(case: Callable[[int], dict | None], seeds: list[int], write: in
 def serve(first: int, last: int) -> None:
     """Run the cases of some seeds, a line after each."""
     torch.set_num_threads(1)
-    # Sizes that nobody has memory for are refused by the allocator, not by the system.
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    # Sizes that nobody has memory for are refused by the allocator, not by the system. AddressSanitizer reserves
+    # terabytes of addresses, and has a limit of its own.
+    if "ASAN_OPTIONS" not in os.environ:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     known = subjects()
     # What calls load when they need it, once for all forks.
     for name in ("sympy", "torch.fx.experimental.symbolic_shapes", "gossamer.bench.harness.check"):
