@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import contextvars
 import random
 import threading
 import time
@@ -82,6 +85,55 @@ def test_names_end_with_their_call(device):
             torch.testing.assert_close(model(input_ids=ids, adapter_names=["default"] * 2).logits, plain)
             assert torch.equal(model(input_ids=ids).logits, mixed)
         assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_asyncio_tasks_keep_their_names_across_awaits(device, compiled):
+    """Tasks share a thread, and other threads compute for them: neither eager nor compiled code mixes up their rows."""
+    model = replaced(device)
+    ids = tokens(device, rows=2)
+    batches = [["wide"] * 2, ["default"] * 2, ["__base__", "wide"], None]
+    with torch.no_grad():
+        wanted = [model(input_ids=ids, adapter_names=names or ["default"] * 2).logits for names in batches]
+        run = torch.compile(model, backend="eager") if compiled else model
+        if compiled:
+            run(input_ids=ids)  # traced before a task is seen
+
+    @torch.no_grad()
+    def logits():
+        return run(input_ids=ids).logits
+
+    async def serve(names):
+        with contextlib.ExitStack() as stack:
+            if names is not None:
+                stack.enter_context(mixed_adapters(model, names))
+            await asyncio.sleep(0.01)  # until every task has begun
+            found = [logits()]
+            await asyncio.sleep(0)
+            return [*found, await asyncio.to_thread(logits), logits()]
+
+    async def serve_all():
+        return await asyncio.gather(*map(serve, batches))
+
+    for names, found, right in zip(batches, asyncio.run(serve_all()), wanted, strict=True):
+        for each in found:
+            torch.testing.assert_close(each, right, msg=lambda text, names=names: f"{names}: {text}")
+
+
+def test_names_reach_threads_while_another_thread_compiles(device, monkeypatch):
+    """Torch then says so to all threads."""
+    model = replaced(device)
+    ids = tokens(device, rows=2)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, adapter_names=["wide"] * 2).logits
+        monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+        found = []
+        with mixed_adapters(model, ["wide"] * 2):
+            context = contextvars.copy_context()
+            thread = threading.Thread(target=context.run, args=(lambda: found.append(model(input_ids=ids).logits),))
+            thread.start()
+            thread.join()
+    torch.testing.assert_close(found[0].detach(), wanted)
 
 
 def test_modules_that_peft_computes_refuse_overlap(device):

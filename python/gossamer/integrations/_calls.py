@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from contextvars import ContextVar
 from types import MappingProxyType
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 _values: ContextVar[Mapping[Slot, object]] = ContextVar("gossamer_calls", default=MappingProxyType({}))
 # Under this key torch passes the contextvars of the thread that called backward() to autograd's threads.
@@ -21,12 +23,26 @@ class _Local(threading.local):
     value: object = None
 
 
-def _read(local: _Local) -> object:
-    return local.value
+def _current(slot: Slot) -> object:
+    """The slot's value in the running thread and task."""
+    values = _values.get()
+    if not values and torch._C._is_key_in_tls(_BACKWARD_CONTEXT):
+        values = torch._C._get_obj_in_tls(_BACKWARD_CONTEXT).get(_values, values)
+    return values.get(slot)
 
 
-if not _GUARDS_LOCALS:
-    _read = torch.compiler.disable(_read, reason="torch before 2.13 does not guard values of threads")
+_read = torch.compiler.disable(
+    _current, reason="graphs guard values of threads only, which torch before 2.13 and asyncio tasks do not have"
+)
+
+
+def _in_task() -> bool:
+    """Whether asyncio runs this code, and may run other tasks of this thread before it ends."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Slot:
@@ -34,29 +50,34 @@ class Slot:
 
     Each thread and each asyncio task sees its own value. A backward pass sees the value of the thread that called it,
     even if autograd runs it in other threads. Code traced by ``torch.compile`` sees the value of its thread, and is
-    traced again for another value; before torch 2.13 the graph breaks where it reads the value. Copied and unpickled
-    slots are new slots.
+    traced again for another value. The graph breaks where it reads the value before torch 2.13, and once a value was
+    assigned to a block of an asyncio task, in which other tasks may run. Copied and unpickled slots are new slots.
     """
 
     def __init__(self) -> None:
         self._local = _Local()
+        self._shared = not _GUARDS_LOCALS
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()
 
     def get(self) -> object:
         """The value, or None."""
-        if torch.compiler.is_compiling():
-            return self._local.value if _GUARDS_LOCALS else _read(self._local)
-        values = _values.get()
-        if not values and torch._C._is_key_in_tls(_BACKWARD_CONTEXT):
-            values = torch._C._get_obj_in_tls(_BACKWARD_CONTEXT).get(_values, values)
-        return values.get(self)
+        if is_dynamo_compiling():
+            return _read(self) if self._shared else self._local.value
+        return _current(self)
 
-    def assign(self, value: object) -> None:
-        """Set the value until the innermost :func:`scope` ends."""
+    def assign(self, value: object, *, user_block: bool = False) -> None:
+        """Set the value until the innermost :func:`scope` ends.
+
+        Args:
+            value: the value.
+            user_block: whether the scope encloses code of the user, which in an asyncio task may await.
+        """
         _values.get()[self] = value
         self._local.value = value
+        if user_block and not self._shared and _in_task():
+            self._shared = True
 
 
 @contextlib.contextmanager
@@ -75,7 +96,7 @@ def scope() -> Iterator[None]:
 
 def in_backward() -> bool:
     """Whether this code runs inside a backward pass, as when gradient checkpointing recomputes a layer."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Running:

@@ -245,7 +245,8 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
     PEFT's ``adapter_names`` does this for inference only. Here every adapter of the batch gets gradients, so several
     adapters train in one step: make them trainable with ``peft_model.base_model.set_adapter([...])``. With gradient
     checkpointing the backward pass recomputes layers, so it must be inside the block too. The names are those of the
-    block's thread: other threads may run the model with other names, or none, at the same time.
+    block's thread or asyncio task: others may run the model with other names, or none, at the same time. Once a task of
+    asyncio has entered a block, compiled models read the names between graphs, which ``fullgraph=True`` does not allow.
 
     Args:
         model: a model that :func:`gossamer.replace` switched.
@@ -280,5 +281,5 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Ite
                 raise ValueError(f"adapter {name!r} has use_dora=True, which a mixed batch cannot have")
     with scope():
         for layer in layers:
-            layer.gossamer_names.assign(names)
+            layer.gossamer_names.assign(names, user_block=True)
         yield

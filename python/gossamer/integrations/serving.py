@@ -45,7 +45,7 @@ class _Route:
                     "adapters its requests had is known during their call only; use torch.no_grad() or no checkpointing"
                 )
             return None, None
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if not torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
             self.had_gradients = True
         return call, call.table.banks.get(self.path)
 
