@@ -7,10 +7,14 @@ from gossamer import optim
 from gossamer.nn import (
     BlockSparseLinear,
     DynamicEmbedding,
+    Embedding,
     EmbeddingBag,
     Experts,
     LoRAEmbedding,
+    MaskedEmbedding,
     MoE,
+    ProductQuantizedEmbedding,
+    SearchedDimensionEmbedding,
     expert_factors,
     flat_expert_factors,
     given_experts,
@@ -55,6 +59,50 @@ def test_export_of_a_block_sparse_layer(strict):
 def test_export_of_a_dynamic_table_is_refused():
     with pytest.raises(Exception, match=r"torch\.export cannot record DynamicEmbedding, whose table changes outside"):
         torch.export.export(DynamicEmbedding(4, 64).eval(), (torch.tensor([[1]]),))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_traces_and_transforms_of_a_dynamic_table_are_refused(training):
+    """A trace recorded the rows of its example as constants, and gave vectors of memory that nobody wrote to."""
+    layer, head, ids = DynamicEmbedding(4, 64).train(training), torch.nn.Linear(4, 2), torch.tensor([[1]])
+    message = (
+        "cannot record DynamicEmbedding, whose table changes outside the program: apply it to the layers that follow"
+    )
+    with pytest.raises(RuntimeError, match=rf"torch\.jit\.trace {message}"):
+        torch.jit.trace(layer, (ids,))
+
+    def loss(parameters):
+        return torch.func.functional_call(head, parameters, (layer(ids),)).sum()
+
+    with pytest.raises(RuntimeError, match=rf"torch\.func {message}"):
+        torch.func.grad(loss)(dict(head.named_parameters()))
+
+
+TABLES = {
+    "Embedding": lambda: Embedding(20, 8, padding_idx=3),
+    "Embedding_by_frequency": lambda: Embedding(20, 8, scale_grad_by_freq=True),
+    "EmbeddingBag_by_frequency": lambda: EmbeddingBag(20, 8, scale_grad_by_freq=True),
+    "MaskedEmbedding": lambda: MaskedEmbedding(20, 8),
+    "ProductQuantizedEmbedding": lambda: ProductQuantizedEmbedding(20, 8, 4, 2),
+    "SearchedDimensionEmbedding": lambda: SearchedDimensionEmbedding(20, 8, (2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_gradients_of_tables_by_torch_func(name):
+    """The same as those of backward()."""
+    torch.manual_seed(0)
+    layer, ids = TABLES[name]().eval(), torch.randint(20, (6, 3))
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (ids,)).square().sum()
+
+    found = torch.func.grad(loss)({key: p.detach() for key, p in layer.named_parameters()})
+    layer(ids).square().sum().backward()
+    for key, parameter in layer.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[key], parameter.grad)
+    assert any(gradient.count_nonzero() for gradient in found.values())
 
 
 @pytest.mark.parametrize("make", [lambda: MoE(16, 8, 4, 2), lambda: Experts(4, 16, 8)], ids=["MoE", "Experts"])

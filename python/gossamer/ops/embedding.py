@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from gossamer import _backend
 from gossamer._checks import check_float, check_index, check_padding_idx, check_same_device, check_shape
@@ -114,6 +115,9 @@ def embedding(
     check_same_device(table=table, index=index)
     n = table.shape[0]
     check_padding_idx(padding_idx, n)
+    if _backend.transformed():
+        # torch.func follows plain torch.
+        return F.embedding(index, table, padding_idx, None, 2.0, scale_grad_by_freq, sparse_grad)
     padding = -1 if padding_idx is None else padding_idx % n
     return _embedding(Embedding(table, index, padding, scale_grad_by_freq, sparse_grad), backend)
 
@@ -159,9 +163,12 @@ class _FrequencyScaled(torch.autograd.Function):
     """The table itself; the gradient of each row is divided by the row's number of occurrences."""
 
     @staticmethod
-    def forward(ctx, table, index):
-        ctx.save_for_backward(index)
+    def forward(table, index):
         return table.view_as(table)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, dtable):
@@ -183,8 +190,12 @@ class _Graft(torch.autograd.Function):
     """Returns the first of two tensors of equal shape; the gradient goes to both."""
 
     @staticmethod
-    def forward(ctx, shown, hidden):
+    def forward(shown, hidden):
         return shown.view_as(shown)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, gradient):
@@ -200,9 +211,12 @@ class _WithLoss(torch.autograd.Function):
     """A tensor whose backward pass also differentiates a scalar, as if that had been added to the loss."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(loss)
+    def forward(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from gossamer._backend import transformed
 from gossamer._numerics import accumulation_dtype
 from gossamer.ops.embedding import graft
 
@@ -79,7 +80,7 @@ def with_mixture_gradient(
         keys: ``(P, K, C)``.
         codewords: ``(P, K, C)``.
     """
-    if torch.compiler.is_compiling() or not pieces.is_cpu or pieces.shape[2] > _NARROW:
+    if torch.compiler.is_compiling() or transformed() or not pieces.is_cpu or pieces.shape[2] > _NARROW:
         sides = (side.unsqueeze(0) for side in (pieces.transpose(0, 1), keys, codewords))
         found = torch.nn.functional.scaled_dot_product_attention(*sides, scale=1.0)
         return graft(words, found.squeeze(0).transpose(0, 1))

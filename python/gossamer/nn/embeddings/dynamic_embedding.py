@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.compiler import is_exporting
 
+from gossamer._backend import transformed
 from gossamer._checks import FLOAT_DTYPES, check_index, check_number, check_seed
 from gossamer.nn.embeddings.admission import FrequencyAdmission, ProbabilisticAdmission
 from gossamer.nn.embeddings.dynamic_lookup import Lookup
@@ -224,6 +225,12 @@ class DynamicEmbedding(DynamicState):
             raise RuntimeError(
                 "torch.export cannot record DynamicEmbedding, whose table changes outside the program: export the "
                 "layers that follow it, and pass its output to them"
+            )
+        if torch.jit.is_tracing() or transformed():
+            what = "torch.jit.trace" if torch.jit.is_tracing() else "torch.func"
+            raise RuntimeError(
+                f"{what} cannot record DynamicEmbedding, whose table changes outside the program: apply it to the "
+                "layers that follow, and pass them its output"
             )
         check_lists(ids, offsets, weights)
         if ids.dtype != self.table.key_dtype:

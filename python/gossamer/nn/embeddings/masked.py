@@ -227,9 +227,12 @@ class _StepAbove(torch.autograd.Function):
     """1 above 0 and 0 elsewhere, with OptEmbed's long-tailed derivative."""
 
     @staticmethod
-    def forward(ctx, u: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(u)
+    def forward(u: torch.Tensor) -> torch.Tensor:
         return (u > 0).to(u.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
