@@ -98,6 +98,7 @@ VALUES = {
         lambda: optim.Adagrad(0.1, initial_accumulator=1e39).state(3, 2),
         r"initial_accumulator must fit torch\.float32, got 1e\+39",
     ),
+    "an alpha": (lambda: nn.LoRALinear(4, 4, 2, alpha=1e308, dora=True), r"alpha must fit torch\.float32, got 1e\+308"),
     "digits that Python does not print": (
         lambda: nn.Experts(1, 10**5000, 16),
         "hidden_size must be at most 9223372036854775807, got an int of 16610 bits",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gossamer._autocast import no_autocast
-from gossamer._checks import check_number, check_scale
+from gossamer._checks import check_fits, check_number, check_scale
 from gossamer._numerics import accumulation_dtype
 
 INITS = ("kaiming", "gaussian", "spectral")
@@ -26,9 +26,10 @@ def check_rank(rank: int, rows: int, columns: int, name: str = "rank") -> None:
 
 
 def checked_alpha(alpha: float | None, rank: int) -> float:
-    """α, by default r; it must be finite."""
+    """α, by default r; it must be finite, in float32 too, in which products are scaled."""
     name, value = ("rank", rank) if alpha is None else ("alpha", alpha)
     check_number(name, value, finite=True)
+    check_fits(name, value, torch.float32)
     return float(value)
 
 
