@@ -21,8 +21,8 @@ using PyMatrix = std::tuple<uintptr_t, int64_t, int64_t, int>;
 // (pointer, stride, dtype code)
 using PyVector = std::tuple<uintptr_t, int64_t, int>;
 
-// (slots, offsets, number of rows, number of experts)
-using PyGroups = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
+// (slots, offsets, number of rows, number of experts, number of slots)
+using PyGroups = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
 // (pointer, expert stride, row stride, column stride)
 using PyWeights = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
@@ -51,9 +51,38 @@ inline IndexArray index_array(const PyVector& v) {
   return {reinterpret_cast<const void*>(pointer), stride, static_cast<DType>(dtype) == DType::kInt64};
 }
 
+// Raises a ValueError if one of the indices is outside [0, limit). Python checks indices when it first sees them, and again after
+// writes that torch counts; compiled code, and writes through other views of the memory, reach kernels without such a check.
+inline void check_range(const char* name, const int32_t* indices, int64_t count, int64_t limit) {
+  int64_t outside = 0;
+  for (int64_t i = 0; i < count; ++i) outside += static_cast<uint32_t>(indices[i]) >= static_cast<uint64_t>(limit);
+  if (outside == 0) return;
+  int64_t at = 0;
+  while (static_cast<uint32_t>(indices[at]) < static_cast<uint64_t>(limit)) ++at;
+  throw py::value_error(std::string(name) + " must be in [0, " + std::to_string(limit) + "), got " +
+                        std::to_string(indices[at]) + " at position " + std::to_string(at));
+}
+
+// Raises a ValueError unless the offsets ascend from 0 to at most limit.
+inline void check_offsets(const char* name, const int32_t* offsets, int64_t count, int64_t limit) {
+  int32_t before = 0;
+  for (int64_t i = 0; i <= count; ++i) {
+    if (offsets[i] < before || offsets[i] > limit || (i == 0 && offsets[i] != 0)) {
+      throw py::value_error(std::string(name) + " must ascend from 0 to at most " + std::to_string(limit) + ", got " +
+                            std::to_string(offsets[i]) + " at position " + std::to_string(i));
+    }
+    before = offsets[i];
+  }
+}
+
 inline Groups groups(const PyGroups& g) {
-  const auto& [slots, offsets, num_rows, num_experts] = g;
-  return {reinterpret_cast<const int32_t*>(slots), reinterpret_cast<const int32_t*>(offsets), num_rows, num_experts};
+  const auto& [slots, offsets, num_rows, num_experts, num_slots] = g;
+  const Groups made{reinterpret_cast<const int32_t*>(slots), reinterpret_cast<const int32_t*>(offsets), num_rows, num_experts};
+  if (made.offsets != nullptr) {
+    check_offsets("dispatch.offsets", made.offsets, num_experts, num_rows);
+    check_range("dispatch.slots", made.slots, num_rows, num_slots);
+  }
+  return made;
 }
 
 inline ExpertWeights expert_weights(const PyWeights& w) {

@@ -7,7 +7,7 @@ tensors was written to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch.compiler import is_compiling
@@ -18,24 +18,22 @@ from gossamer._checks import check_tensor
 # The attribute in which a structure remembers the version of its tensors at the last check. It is not a field, so
 # ``dataclasses.replace`` leaves it out.
 CHECKED = "_checked_version"
-# Stands for the version of inference tensors, which have none.
-UNCOUNTED = -1
 
 
-def version(tensors: Iterable[torch.Tensor]) -> int:
-    """A number that grows when one of the tensors is written to; :data:`UNCOUNTED` if all are inference tensors."""
-    total, counted = 0, False
-    for tensor in tensors:
-        if not tensor.is_inference():
-            total, counted = total + tensor._version, True
-    return total if counted else UNCOUNTED
+def in_inference_mode() -> bool:
+    """Whether new tensors would have no versions, which show later writes: in ``torch.inference_mode``, uncompiled."""
+    return not is_compiling() and torch.is_inference_mode_enabled()
 
 
-def mark(structure: object, tensors: Iterable[torch.Tensor]) -> None:
-    """Mark a structure as checked with its ``tensors`` as they are now."""
-    if not is_compiling():
-        # Not through __dict__: after its first use, Python reads all of the object's attributes more slowly.
-        object.__setattr__(structure, CHECKED, version(tensors))
+def mark(structure: object, tensors: Sequence[torch.Tensor]) -> None:
+    """Mark a structure as checked with its ``tensors`` as they are now.
+
+    Inference tensors have no versions that would show a write, so a structure with one is checked at every use.
+    """
+    if is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        return
+    # Not through __dict__: after its first use, Python reads all of the object's attributes more slowly.
+    object.__setattr__(structure, CHECKED, sum(tensor._version for tensor in tensors))
 
 
 def copy_mark(source: object, structure: object) -> None:

@@ -36,7 +36,7 @@ def chosen(t, across, part=None):
     from gossamer import _C
     from gossamer.cpu_kernels.block_sparse import _lists
 
-    lists = _lists(t.row_offsets, t.column_indices, live=t.live_rows, live_across=t.live_columns)
+    lists = _lists(t.row_offsets, t.column_indices, t.column_offsets, live=t.live_rows, live_across=t.live_columns)
     return _C.choose_rectangles(lists, t.block, across, t.shape[1], t.shape[1] if part is None else part)
 
 

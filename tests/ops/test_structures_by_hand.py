@@ -101,6 +101,72 @@ def test_a_dispatch_by_hand_works_and_is_looked_at_again_when_it_changes():
         assert torch.equal(consumers(inside)["grouped_matmul"](), consumers(good)["grouped_matmul"]())
 
 
+def write_through(tensor, how):
+    """A write that changes a tensor's values, whether torch counts it or not."""
+    with torch.no_grad():
+        {"inference": tensor, "numpy": torch.from_numpy(tensor.numpy()), "data": tensor.data}[how][-1] = 4000
+
+
+WRITES = ["inference", "numpy", "data"]
+
+
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("field", ["slots", "offsets"])
+def test_kernels_do_not_follow_writes_into_a_checked_dispatch(field, how):
+    """Inference tensors have no versions, and torch does not count writes through NumPy or ``.data``."""
+    with torch.inference_mode(how == "inference"), gossamer.backend("native"):
+        made = gossamer.dispatch(IDS, 4)
+        calls = {name: call for name, call in consumers(made).items() if name in ("grouped_matmul", "expert_mlp")}
+        for call in calls.values():
+            call()
+        write_through(getattr(made, field), how)
+        for call in calls.values():
+            with pytest.raises(ValueError, match=rf"dispatch\.{field} must .*4000"):
+                call()
+
+
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("field", ["row_offsets", "column_indices", "row_indices"])
+def test_kernels_do_not_follow_writes_into_a_checked_topology(field, how):
+    with torch.inference_mode(how == "inference"), gossamer.backend("native"):
+        made = topology()
+        sample(made)()
+        write_through(getattr(made, field)[:6] if field != "row_offsets" else made.row_offsets, how)
+        with pytest.raises(ValueError, match=r"topology.* must .*4000"):
+            sample(made)()
+
+
+def test_a_structure_of_inference_tensors_is_checked_at_every_use():
+    good = gossamer.dispatch(IDS, 4)
+    with torch.inference_mode():
+        own = Dispatch(*(t.clone() for t in (good.slots, good.rows, good.offsets)), 5, 2, 4)
+        call = consumers(own)["grouped_matmul"]
+        call()
+        own.rows[0] = own.rows[1]
+        with pytest.raises(ValueError, match=r"dispatch\.rows must be the inverse of dispatch\.slots"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("slots", lambda t: t + 2**30, r"dispatch\.slots must be in \[0, 10\), got"),
+        ("offsets", lambda t: t - 7, r"dispatch\.offsets must ascend from 0 to at most 10, got -7"),
+        ("offsets", lambda t: t.long(), r"dispatch\.offsets must be torch\.int32, got torch\.int64"),
+        ("slots", strided, r"dispatch\.slots must be contiguous"),
+    ],
+)
+def test_compiled_code_refuses_a_bad_dispatch(field, change, message):
+    """Compiled code reads no values, so its kernels do; dtypes and strides are known when it is traced."""
+    good = gossamer.dispatch(IDS, 4)
+    x, weight = torch.randn(5, 6), torch.randn(4, 3, 6)
+    with gossamer.backend("native"):
+        compiled = torch.compile(lambda made: gossamer.grouped_matmul(x, weight, made), backend="eager")
+        assert torch.equal(compiled(good), gossamer.grouped_matmul(x, weight, good))
+        with pytest.raises((ValueError, TypeError), match=message):
+            compiled(replace(good, **{field: change(getattr(good, field))}))
+
+
 TOPOLOGIES = {
     "block": ({"block": lambda b: (15, 16)}, ValueError, r"block must be \(bm, bn\)"),
     "shape": ({"shape": lambda s: (63, 80)}, ValueError, "shape must be in whole blocks"),
@@ -287,7 +353,7 @@ def sample(structure):
 
 @pytest.mark.parametrize("make", [lambda: gossamer.dispatch(IDS, 4), topology])
 def test_a_remembered_check_costs_no_error(make, monkeypatch):
-    """Inference tensors have no version: their structures are not looked at anew in each call."""
+    """Under inference mode too, the package makes index tensors that have versions."""
     for mode in (torch.inference_mode, torch.no_grad):
         with mode(), monkeypatch.context() as patch:
             made = make()

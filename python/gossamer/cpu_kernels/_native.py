@@ -53,9 +53,9 @@ def unit_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def groups(slots: torch.Tensor, offsets: torch.Tensor) -> tuple[int, int, int, int]:
-    """``(slots, offsets, R, E)`` of a dispatch, whose tensors are contiguous int32."""
-    return slots.data_ptr(), offsets.data_ptr(), slots.shape[0], offsets.shape[0] - 1
+def groups(slots: torch.Tensor, offsets: torch.Tensor, num_slots: int) -> tuple[int, int, int, int, int]:
+    """``(slots, offsets, R, E, number of slots)`` of a dispatch, whose tensors are contiguous int32."""
+    return slots.data_ptr(), offsets.data_ptr(), slots.shape[0], offsets.shape[0] - 1, num_slots
 
 
 def weights3(weight: torch.Tensor) -> tuple[int, int, int, int]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def _lists(
     offsets: torch.Tensor,
     indices: torch.Tensor,
+    offsets_across: torch.Tensor,
     order: torch.Tensor | None = None,
     live: torch.Tensor | None = None,
     live_across: torch.Tensor | None = None,
@@ -27,6 +28,8 @@ def _lists(
         indices=indices.data_ptr(),
         order=pointer(order),
         count=offsets.shape[0] - 1,
+        across=offsets_across.shape[0] - 1,
+        nnz=indices.shape[0],
         live=pointer(live),
         live_across=pointer(live_across),
     )
@@ -51,7 +54,7 @@ def sdd(args: SampledProduct) -> torch.Tensor:
     nnz = topology.column_indices.shape[0]
     values = empty_huge((nnz, args.bm, args.bn), a.dtype)
     product = _C.SampledProduct(
-        lists=_lists(topology.row_offsets, topology.column_indices, live=topology.live_rows),
+        lists=_lists(topology.row_offsets, topology.column_indices, topology.column_offsets, live=topology.live_rows),
         rows_of=topology.row_indices.data_ptr(),
         nnz=nnz,
         block=(args.bm, args.bn),
@@ -77,10 +80,10 @@ def dsd(args: BlockProduct) -> torch.Tensor:
     _, bm, bn = values.shape
     offsets, offsets_across, strides = topology.row_offsets, topology.column_offsets, (bn, 1)
     if args.transposed:
-        lists = _lists(topology.column_offsets, topology.row_indices_t, topology.order_t, live_across=live)
+        lists = _lists(offsets_across, topology.row_indices_t, offsets, topology.order_t, live_across=live)
         offsets, offsets_across, strides, bm, bn = offsets_across, offsets, (1, bn), bn, bm
     else:
-        lists = _lists(topology.row_offsets, topology.column_indices, live=live)
+        lists = _lists(offsets, topology.column_indices, offsets_across, live=live)
     rows, n = (offsets.shape[0] - 1) * bm, b.shape[-1]
     lead, height = ((args.parts,), rows // args.parts) if args.parts else ((), rows)
     y = empty_huge((*lead, n, height) if args.by_columns else (*lead, height, n), b.dtype)

@@ -44,7 +44,7 @@ def _layer(
 ) -> _C.ExpertMlp:
     """The arguments that forward and backward share; the tensors given must outlive the call."""
     return _C.ExpertMlp(
-        groups=groups(args.groups.slots, args.groups.offsets),
+        groups=groups(args.groups.slots, args.groups.offsets, args.groups.rows.shape[0]),
         sizes=(*x.shape, *down.shape[1:], args.weights.shape[1]),
         activation=activation_form(args.activation, args.interleaved),
         x=matrix(x),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def grouped_matmul(args: GroupedMatmul) -> torch.Tensor:
     """``(R, N)``, or ``(R, C)`` if transposed; dropped rows are zero."""
-    x, weight, (slots, _, offsets) = unit_rows(args.x), args.weight, args.groups
+    x, weight, (slots, inverse, offsets) = unit_rows(args.x), args.weight, args.groups
     if weight.format == "dense":
         data = weight.data.transpose(1, 2) if args.transposed else weight.data
         product, stored, (_, n, c) = _C.grouped_matmul, weights3(data), data.shape
@@ -34,18 +34,19 @@ def grouped_matmul(args: GroupedMatmul) -> torch.Tensor:
         n, c = sizes[::-1] if args.transposed else sizes
     y = empty_huge((slots.shape[0], n), x.dtype)
     # Passed by position: pybind11 takes a tenth of a microsecond longer for each argument passed by name.
-    rows, how = (groups(slots, offsets), n, c, matrix(x), args.x_div), (args.y_grouped, torch.get_num_threads())
+    order = groups(slots, offsets, inverse.shape[0])
+    rows, how = (order, n, c, matrix(x), args.x_div), (args.y_grouped, torch.get_num_threads())
     product(*rows, stored, args.transposed, matrix(weight.bias), y.data_ptr(), *how)
     return y
 
 
 def grouped_matmul_dweight(args: GroupedDweight) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``dweight (E, N, C)``, zero for experts without rows, and ``dbias (E, N)`` or None."""
-    x, dy, (slots, _, offsets) = unit_rows(args.x), unit_rows(args.dy), args.groups
+    x, dy, (slots, inverse, offsets) = unit_rows(args.x), unit_rows(args.dy), args.groups
     e, n, c = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
     dweight = empty_gradient((e, n, c), x.dtype, args.transposed)
     dbias = torch.empty((e, n), dtype=x.dtype) if args.with_bias else None
-    rows = groups(slots, offsets), n, c, matrix(x), args.x_div, matrix(dy), args.dy_div
+    rows = groups(slots, offsets, inverse.shape[0]), n, c, matrix(x), args.x_div, matrix(dy), args.dy_div
     results = dweight.data_ptr(), args.transposed, pointer(dbias)
     _C.grouped_matmul_dweight(*rows, *results, torch.get_num_threads())
     return dweight, dbias

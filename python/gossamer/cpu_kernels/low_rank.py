@@ -152,10 +152,10 @@ def _weight_gradient(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     x, dy = unit_rows(x), unit_rows(dy)
     (m, c), n = x.shape, dy.shape[1]
     dweight = empty_gradient((1, n, c), x.dtype, False)
-    slots = torch.empty(m, dtype=torch.int32)  # not read; its length decides the number of threads
+    slots = torch.zeros(m, dtype=torch.int32)  # not followed; its length decides the number of threads
     offsets = torch.tensor([0, m], dtype=torch.int32)
     _C.grouped_matmul_dweight(
-        groups=groups(slots, offsets),
+        groups=groups(slots, offsets, m),
         n=n,
         c=c,
         x=matrix(x),

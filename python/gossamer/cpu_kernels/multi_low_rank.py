@@ -23,7 +23,7 @@ def _update(args: MultiLowRank, x: torch.Tensor, factors: list[torch.Tensor], s:
     """The arguments that forward and backward share, with ``x`` and ``factors`` in the form that kernels take."""
     a, b = factors
     return _C.MultiLowRank(
-        adapters=groups(args.slots, args.offsets),
+        adapters=groups(args.slots, args.offsets, args.x.shape[0]),
         x=matrix(x),
         a=weights3(a),
         b=weights3(b),

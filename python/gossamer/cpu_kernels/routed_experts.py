@@ -21,7 +21,7 @@ def prepare(gate_up: Weight, down: Weight, activation: Activation, interleaved: 
     """The arguments that stay the same from call to call; the tensors must outlive the result."""
     num_experts, wide, hidden = gate_up.shape
     layer = _C.ExpertMlp(
-        groups=(0, 0, 0, num_experts),
+        groups=(0, 0, 0, num_experts, 0),
         sizes=(0, hidden, down.shape[1], wide // activation.halves, 0),
         activation=activation_form(activation, interleaved),
         x=matrix(None),
@@ -63,7 +63,7 @@ def run_dispatched(prepared: Prepared, dispatch: Dispatch, weights: torch.Tensor
     x = unit_rows(x)
     y = torch.empty(x.shape[0], prepared.output_size, dtype=x.dtype)
     prepared.layer.dispatched(
-        groups(dispatch.row_slots, dispatch.offsets),
+        groups(dispatch.row_slots, dispatch.offsets, dispatch.num_rows),
         (dispatch.num_tokens, dispatch.top_k),
         matrix(weights),
         matrix(x),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from gossamer._checks import check_shape, check_tensor
 from gossamer.ops._registration import is_plain
@@ -61,7 +62,7 @@ def check_groups(
     for name, tensor in ((of_rows, rows), (of_offsets, offsets)):
         if tensor.device != slots.device:
             raise ValueError(f"{name} must be on the device of {of_slots}, {slots.device}, got {tensor.device}")
-    if not slots.is_cpu or not is_plain(groups):
+    if is_compiling() or not slots.is_cpu or not is_plain(groups):
         return
     first, last, falls = int(offsets[0]), int(offsets[-1]), (offsets.diff() < 0).nonzero()
     if first != 0 or last > num_rows or falls.numel():

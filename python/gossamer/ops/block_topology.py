@@ -23,6 +23,7 @@ from gossamer._trusted import (
     check_permutation,
     check_range,
     copy_mark,
+    in_inference_mode,
     is_readable,
     mark,
     state_without_mark,
@@ -294,6 +295,9 @@ class BlockTopology:
             ValueError: wrong block, or ``ffn_size`` is not a positive multiple of bn; on the CPU, offsets that decrease
                 or end beyond the slots.
         """
+        if in_inference_mode():
+            with torch.inference_mode(False):
+                return BlockTopology.from_dispatch(dispatch, ffn_size, block, skip_padding=skip_padding)
         check_is_dispatch(dispatch)
         bm, bn = check_block(block)
         check_sizes(ffn_size=ffn_size)
@@ -383,6 +387,9 @@ class BlockTopology:
 
 def _from_mask(mask: torch.Tensor, block: tuple[int, int], nnz: int) -> BlockTopology:
     """The topology of a mask that has at most ``nnz`` blocks, with no host read; those past ``nnz`` are left out."""
+    if in_inference_mode():
+        with torch.inference_mode(False):
+            return _from_mask(mask, block, nnz)
     (rows, cols), device = mask.shape, mask.device
     if mask.is_meta:
         return _sizes_alone((rows, cols), block, nnz)
@@ -505,14 +512,14 @@ def _is_remembered(topology: object) -> bool:
     """Whether it was checked and none of its tensors was written to since; every product calls this."""
     try:
         checked = topology._checked_version
-        if checked is None or checked < 0:
-            return checked is not None
+        if checked is None:
+            return False
         t, order = topology, topology.order_t if topology.order is None else topology.order
         rows = t.row_offsets._version + t.column_indices._version + t.row_indices._version
         columns = t.column_offsets._version + t.row_indices_t._version + t.column_indices_t._version
         return checked == rows + columns + order._version
-    except (AttributeError, RuntimeError):
-        return False  # not a topology, or only some of its tensors are inference tensors
+    except AttributeError:
+        return False  # not a topology
 
 
 def check_topology(topology: object) -> None:
@@ -521,8 +528,6 @@ def check_topology(topology: object) -> None:
         return
     if not isinstance(topology, BlockTopology):
         raise TypeError(f"topology must be a gossamer.BlockTopology, got {type(topology).__name__}")
-    if is_compiling():
-        return
     check_block(topology.block)
     rows, cols = _check_blocked(topology.shape, topology.block)
     if (topology.order is None) == (topology.order_t is None):

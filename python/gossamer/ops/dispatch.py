@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling
 
 from gossamer import _backend
 from gossamer._checks import check_index, check_no_negative, check_positive, check_shape
-from gossamer._trusted import is_readable, mark, state_without_mark
+from gossamer._trusted import in_inference_mode, is_readable, mark, state_without_mark
 from gossamer.ops._groups import MAX_ROWS, Groups, check_groups
 from gossamer.ops._records import define
 
@@ -105,16 +105,12 @@ def check_dispatch(dispatch: object) -> None:
     if not is_dynamo_compiling():
         try:
             if (checked := dispatch._checked_version) is not None:
-                if checked < 0:  # inference tensors, which have no version
-                    return
                 if checked == dispatch.slots._version + dispatch.rows._version + dispatch.offsets._version:
                     return
-        except (AttributeError, RuntimeError):
-            pass  # not a dispatch, or only some of its tensors are inference tensors
+        except AttributeError:
+            pass  # not a dispatch
     if not isinstance(dispatch, Dispatch):
         raise TypeError(f"dispatch must be a gossamer.Dispatch, got {type(dispatch).__name__}")
-    if is_compiling():
-        return
     _check_sizes(dispatch)
     num_slots = dispatch.num_tokens * dispatch.top_k
     if dispatch.buffer_rows > num_slots:
@@ -254,6 +250,9 @@ def dispatch(expert_ids: torch.Tensor, num_experts: int, *, max_rows: int | None
         ValueError: wrong rank, K > E, ``num_experts < 1``, ``max_rows < 0``, 2³¹ slots or more, or (on the CPU) a
             negative id or more than ``max_rows`` slots with an expert.
     """
+    if in_inference_mode():
+        with torch.inference_mode(False):
+            return dispatch(expert_ids, num_experts, max_rows=max_rows)
     check_index("expert_ids", expert_ids)
     check_shape("expert_ids", expert_ids, (None, None), "(T, K)")
     if not isinstance(num_experts, (int, torch.SymInt)) or isinstance(num_experts, bool):
