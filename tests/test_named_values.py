@@ -162,3 +162,18 @@ def test_more_experts_than_ids_take_no_time():
     """Only as many are drawn as there are slots."""
     table = nn.frequency_table(torch.ones(3), 2**62, 2)
     assert len(table.unique()) == 6 and int(table.min()) >= 0 and int(table.max()) < 2**62
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_fraction_scales_as_its_float(backend):
+    """Torch multiplies by no fraction."""
+    if reason := gossamer._backend.unavailable(backend, "cpu"):
+        pytest.skip(reason)
+    x, a, b = torch.randn(2, 4), torch.randn(2, 2, 4), torch.randn(2, 5, 2)
+    calls = (
+        lambda scale: gossamer.low_rank_linear(x, torch.ones(5, 4), a[0], b[0], scale=scale),
+        lambda scale: gossamer.multi_low_rank(x, a, b, IDS, scale=scale),
+    )
+    with gossamer.backend(backend):
+        for call in calls:
+            assert torch.equal(call(Fraction(1, 3)), call(1 / 3))

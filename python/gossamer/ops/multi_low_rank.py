@@ -386,7 +386,7 @@ def multi_low_rank(
         check_float("scale", scale, backend)
         scale = scale.detach()
     else:
-        check_scale("scale", scale)
+        scale = check_scale("scale", scale)
     if ranks is not None:
         check_index("ranks", ranks)
         check_shape("ranks", ranks, (num_adapters,), "(A,)")
