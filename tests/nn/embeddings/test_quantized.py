@@ -152,7 +152,7 @@ def test_errors(device):
         QuantizedEmbedding(20, 8, step="row")
     with pytest.raises(ValueError, match=r"rounding must be one of \('stochastic', 'nearest'\), got 'up'"):
         QuantizedEmbedding(20, 8, rounding="up")
-    with pytest.raises(ValueError, match=r"step_size must be in \[2\*\*-20, inf\), got 0"):
+    with pytest.raises(ValueError, match=r"step_size must be in \[2\*\*-20, 2\*\*128\), got 0"):
         QuantizedEmbedding(20, 8, step_size=0)
     with pytest.raises(ValueError, match=r"step_lr must be in \[0, inf\), got -1"):
         QuantizedEmbedding(20, 8, step="learned", step_lr=-1)
