@@ -51,8 +51,8 @@ inline IndexArray index_array(const PyVector& v) {
   return {reinterpret_cast<const void*>(pointer), stride, static_cast<DType>(dtype) == DType::kInt64};
 }
 
-// Raises a ValueError if one of the indices is outside [0, limit). Python checks indices when it first sees them, and again after
-// writes that torch counts; compiled code, and writes through other views of the memory, reach kernels without such a check.
+// Raises a ValueError if one of the indices is outside [0, limit). Python checks indices when it first sees them, and again
+// after writes that torch counts; compiled code, and other writes to the memory, reach kernels without such a check.
 inline void check_range(const char* name, const int32_t* indices, int64_t count, int64_t limit) {
   int64_t outside = 0;
   for (int64_t i = 0; i < count; ++i) outside += static_cast<uint32_t>(indices[i]) >= static_cast<uint64_t>(limit);
