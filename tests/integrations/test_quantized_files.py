@@ -143,6 +143,30 @@ def test_files_that_lack_experts_are_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must have a format or a description of the experts, got neither"):
         QuantizedExpertsConfig()
+    with pytest.raises(TypeError, match="experts must be a mapping or None, got int"):
+        QuantizedExpertsConfig(experts=-1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"data": [-4, 8, 8]}, {"scale": None}, {"scale_dtype": "nope"}, {"scale_dtype": 5}, {"format": None}]
+)
+def test_a_damaged_description_is_refused_by_name(tmp_path, change):
+    model = make("mixtral")
+    gossamer.quantize_experts(model, "int8")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    described = config["quantization_config"]["experts"]
+    name = min(described)
+    described[name] |= change
+    path.write_text(json.dumps(config))
+    message = "format must be one of" if "format" in change else f"of the experts {name}, got .*"
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    described[name] = "text"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"quantization_config must give .* of the experts {name}, got 'text'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_copy_and_a_part_are_saved_too(tmp_path):

@@ -67,6 +67,8 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
         **_: object,
     ) -> None:
         self.quant_method = METHOD
+        if experts is not None and not isinstance(experts, Mapping):
+            raise TypeError(f"experts must be a mapping or None, got {type(experts).__name__}")
         self.format, self.group_size, self.experts = format, group_size, dict(experts or {})
         self.activations = activations
         if format is not None:
@@ -94,6 +96,27 @@ def _described(model: nn.Module) -> QuantizedExpertsConfig:
     return QuantizedExpertsConfig(experts=experts)
 
 
+def _empty(path: str, held: Mapping[str, object]) -> QuantizedExpertWeight:
+    """The weight that a file's config describes, on meta.
+
+    Raises:
+        ValueError: the description has other keys or values than :class:`QuantizedExpertsConfig` writes.
+        TypeError: the scales cannot have this dtype.
+    """
+    try:
+        check_format(held["format"])
+        dtypes = FORMATS[held["format"]][0], getattr(torch, str(held["scale_dtype"]))
+        data, scale = (
+            torch.empty(held[name], dtype=dtype, device="meta")
+            for name, dtype in zip(("data", "scale"), dtypes, strict=True)
+        )
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"quantization_config must give format, data, scale and scale_dtype of the experts {path}, got {held!r}"
+        ) from error
+    return QuantizedExpertWeight(data, scale, held["format"], held.get("activations", "float"))
+
+
 @register_quantizer(METHOD)
 class QuantizedExpertsQuantizer(HfQuantizer):
     """Creates stacks of quantised experts before a checkpoint is read, and maps their tensors to names in files."""
@@ -105,18 +128,11 @@ class QuantizedExpertsQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return model
         for path, held in self.quantization_config.experts.items():
-            check_format(held["format"])
+            empty = _empty(path, held)
             parent, _, weight = path.rpartition(".")
             module = _find(model, parent)
             if not isinstance(getattr(module, weight, None), (nn.Parameter, QuantizedExpertStack)):
                 raise ValueError(f"quantization_config names the experts {path}, which {type(model).__name__} lacks")
-            scale_dtype = getattr(torch, str(held["scale_dtype"]))
-            empty = QuantizedExpertWeight(
-                torch.empty(held["data"], dtype=FORMATS[held["format"]][0], device="meta"),
-                torch.empty(held["scale"], dtype=scale_dtype, device="meta"),
-                held["format"],
-                held.get("activations", "float"),
-            )
             quantized.hold(module, weight, empty)
         return model
 
