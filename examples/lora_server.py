@@ -122,8 +122,9 @@ class Engine:
             raise ValueError(f"max_new_tokens must be an int from 1 to {MAX_TOKENS}, got {max_new_tokens!r}")
         request = Request(prompt, adapter, max_new_tokens)
         with self._changed:
-            if adapter is not None and (adapter in self._leaving or adapter not in self.served.adapter_names):
-                raise ValueError(f"adapter must be among {list(self.served.adapter_names)} or null, got {adapter!r}")
+            there = [name for name in self.served.adapter_names if name not in self._leaving]
+            if adapter is not None and adapter not in there:
+                raise ValueError(f"adapter must be among {there} or null, got {adapter!r}")
             if self._stopped or len(self._waiting) >= MAX_WAITING:
                 raise Busy("the server is stopping" if self._stopped else f"{MAX_WAITING} requests are waiting already")
             self._waiting.append(request)

@@ -145,6 +145,7 @@ def test_bad_requests_get_their_reason(running):
     assert call(server, "GET", "/adapters") == (200, {"adapters": sorted(ADAPTERS)})
     for given, message in (
         ({"prompt": "a", "adapter": "nobody"}, "adapter must be among"),
+        ({"prompt": "a", "adapter": ["one"]}, "adapter must be among"),
         ({"prompt": ""}, "prompt must have 1 to 1024 tokens, got 0"),
         ({"prompt": 3}, "prompt must be a text, got 3"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens must be an int from 1"),
