@@ -181,3 +181,14 @@ def test_what_is_kept_of_formats_is_of_no_mode_or_default_device():
         with torch.device("meta"), torch.inference_mode():
             made = make()
         assert torch.equal(made, kept) and not made.is_inference()
+
+
+def test_weights_have_codes_of_their_own():
+    """A write to the tables of one weight changes neither another weight nor the next one."""
+    dense = torch.randn(8, 64)
+    first, second = gossamer.NF4Weight.quantize(dense), gossamer.NF4Weight.quantize(dense)
+    expected = second.dequantize()
+    first.code.zero_()
+    first.nested_code.zero_()
+    assert torch.equal(second.dequantize(), expected)
+    assert torch.equal(gossamer.NF4Weight.quantize(dense).dequantize(), expected)

@@ -330,6 +330,35 @@ def test_quantised_weights_with_parts_elsewhere(kind):
                 replace(weight, **{name: part.to("meta")})
 
 
+@pytest.mark.parametrize("change", [lambda t: t.resize_(3), lambda t: t.set_()], ids=["resize_", "set_"])
+@pytest.mark.parametrize("kind", [gossamer.NF4Weight, gossamer.Int8Weight, gossamer.Float8Weight])
+def test_quantised_weights_whose_parts_were_resized(kind, change):
+    """Kernels read the sizes that the weight had when it was made."""
+    x, a, b = torch.randn(2, 64), torch.randn(4, 64), torch.randn(96, 4)
+    for name, part in vars(kind.quantize(torch.randn(96, 64))).items():
+        if not isinstance(part, torch.Tensor):
+            continue
+        weight = kind.quantize(torch.randn(96, 64))
+        gossamer.low_rank_linear(x, weight, a, b, scale=1.0)
+        change(getattr(weight, name))
+        with pytest.raises(ValueError, match=rf"({kind.__name__}\.{name}|weight) must h"):
+            gossamer.low_rank_linear(x, weight, a, b, scale=1.0)
+
+
+@pytest.mark.parametrize("field", ["data", "scale"])
+def test_stacks_whose_strides_changed(field):
+    """Kernels read codes and scales one after the other."""
+    dispatch = gossamer.dispatch(IDS, 4)
+    stacks = [gossamer.QuantizedExpertWeight.quantize(torch.randn(4, *s), "int8") for s in ((64, 32), (32, 32))]
+    layer = lambda: gossamer.expert_mlp(torch.ones(5, 32), *stacks, dispatch, torch.ones(5, 2))  # noqa: E731
+    with torch.no_grad():
+        layer()
+        part = getattr(stacks[0], field)
+        part.data = strided(part)
+        with pytest.raises(ValueError, match="data and scale of a quantised weight must be contiguous"):
+            layer()
+
+
 @pytest.mark.parametrize("make", [lambda: gossamer.dispatch(IDS, 4), topology])
 def test_a_copy_remembers_no_check_of_the_original(make):
     """A deep copy has tensors of its own, whose changes the original's version does not count, nor one of inference."""

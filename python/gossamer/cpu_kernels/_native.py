@@ -79,6 +79,11 @@ def quantized_stack(weight: Weight) -> tuple:
     The last item says whether products round rows to 8 bits, and whether codes lie in panels.
     """
     form, scale, (_, n, c) = weight.format, weight.scale, weight.shape
+    if not (weight.data.is_contiguous() and scale.is_contiguous()):
+        raise ValueError(
+            f"data and scale of a quantised weight must be contiguous, got strides {weight.data.stride()} and "
+            f"{scale.stride()}"
+        )
     code = E8M0 if form == "mxfp4" else DTYPES[scale.dtype]
     if scale.dim() == 2:
         shifts, scales = (0, _WHOLE_ROW), (n, 1)

@@ -160,6 +160,13 @@ class NF4Weight(_Decodable):
 
     def operand(self) -> Weight:
         """The weight as the record that operators take."""
+        n, c = self.shape
+        blocks = -(-n * c // self.block_size)
+        sizes = [16, blocks]
+        if self.nested_absmax is not None:
+            sizes += [-(-blocks // self.nested_block_size), 256, 1]
+        if self.packed.numel() != (n * c + 1) // 2 or [t.numel() for t in self.state] != sizes:
+            self.__post_init__()  # a tensor was resized
         nested = self.nested_absmax, self.nested_code, self.offset
         blocks = Blocks(self.code, *nested, self.block_size, self.nested_block_size, *self.shape)
         return Weight(self.packed, "nf4", self.absmax, blocks)
@@ -174,7 +181,7 @@ class NF4Weight(_Decodable):
         if not isinstance(double, bool):
             raise TypeError(f"double must be a bool, got {type(double).__name__}")
         blocks, absmax = _blockwise(weight.detach().float().reshape(-1), block_size)
-        code = _nf4_code().to(weight.device)
+        code = _nf4_code().to(weight.device, copy=True)  # its own, which a write changes for this weight alone
         index = _nearest(_scaled(blocks, absmax), code).to(torch.uint8).reshape(-1)[: weight.numel()]
         if weight.numel() % 2:
             index = torch.cat([index, index.new_full((1,), ZERO_INDEX)])
@@ -184,7 +191,7 @@ class NF4Weight(_Decodable):
             return cls(packed, absmax, shape, code, block_size)
         offset = absmax.mean()
         nested, nested_absmax = _blockwise(absmax - offset, 256)
-        nested_code = dynamic_code().to(weight.device)
+        nested_code = dynamic_code().to(weight.device, copy=True)
         scales = _nearest(_scaled(nested, nested_absmax), nested_code).to(torch.uint8).reshape(-1)[: absmax.numel()]
         return cls(packed, scales, shape, code, block_size, nested_absmax, nested_code, offset.reshape(1))
 
@@ -219,6 +226,8 @@ class Int8Weight(_ByRow):
 
     def operand(self) -> Weight:
         """The weight as the record that operators take."""
+        if self.values.dim() != 2 or self.absmax.numel() != self.values.shape[0]:
+            self.__post_init__()  # a tensor was resized
         return Weight(self.values, "int8_absmax", self.absmax)
 
     @classmethod
@@ -267,6 +276,8 @@ class Float8Weight(_ByRow):
 
     def operand(self) -> Weight:
         """The weight as the record that operators take."""
+        if self.values.dim() != 2 or self.scale.numel() not in (1, self.values.shape[0]):
+            self.__post_init__()  # a tensor was resized
         return Weight(self.values, "fp8", self.scale)
 
     @classmethod
