@@ -35,20 +35,19 @@ Epilogue epilogue(const PyVector& bias, bool by_rows, const std::optional<std::s
 
 void register_block_sparse(py::module_& m) {
   py::class_<BlockLists>(m, "BlockLists", "The blocks of a matrix list by list, a list being a block row.")
-      .def(py::init(
-               [](uintptr_t offsets, uintptr_t indices, uintptr_t order, int64_t count, int64_t across, int64_t nnz,
-                  uintptr_t live, uintptr_t live_across) {
-                 const BlockLists lists{.offsets = pointer<const int32_t>(offsets),
-                                        .indices = pointer<const int32_t>(indices),
-                                        .order = pointer<const int32_t>(order),
-                                        .count = count,
-                                        .live = pointer<const int32_t>(live),
-                                        .live_across = pointer<const int32_t>(live_across)};
-                 check_offsets("topology's offsets", lists.offsets, count, nnz);
-                 check_range("topology's indices", lists.indices, lists.offsets[count], across);
-                 if (lists.order) check_range("topology's order", lists.order, lists.offsets[count], nnz);
-                 return lists;
-               }),
+      .def(py::init([](uintptr_t offsets, uintptr_t indices, uintptr_t order, int64_t count, int64_t across, int64_t nnz,
+                       uintptr_t live, uintptr_t live_across) {
+             const BlockLists lists{.offsets = pointer<const int32_t>(offsets),
+                                    .indices = pointer<const int32_t>(indices),
+                                    .order = pointer<const int32_t>(order),
+                                    .count = count,
+                                    .live = pointer<const int32_t>(live),
+                                    .live_across = pointer<const int32_t>(live_across)};
+             check_offsets("topology's offsets", lists.offsets, count, nnz);
+             check_range("topology's indices", lists.indices, lists.offsets[count], across);
+             if (lists.order) check_range("topology's order", lists.order, lists.offsets[count], nnz);
+             return lists;
+           }),
            py::kw_only(), "offsets"_a, "indices"_a, "order"_a, "count"_a, "across"_a, "nnz"_a, "live"_a, "live_across"_a);
   py::class_<BlockProductArgs>(m, "BlockProduct", "y = act(s · b + bias), s block-sparse.")
       .def(py::init([](const BlockLists& lists, uintptr_t values, const PySizes& block, const PySizes& strides,
