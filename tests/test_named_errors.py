@@ -333,6 +333,11 @@ NUMBERS = {
         ValueError,
         r"noise_std must broadcast to \(0, 4\), got \(0, 2\)",
     ),
+    "sparse noise": (
+        lambda: nn.load_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3).to_sparse(), 1),
+        TypeError,
+        "noise_std must have the layout",
+    ),
     "domains": (
         lambda: nn.DomainRouter(expert_ids(3, 1), nn.SoftmaxRouter(4, 4, 1))(torch.ones(3, 4), token_ids=META),
         ValueError,

@@ -155,7 +155,7 @@ def load_loss(
     Args:
         logits: ``(T, E)`` floating, without noise.
         noisy_logits: ``(T, E)``, with the noise with which the experts were chosen.
-        noise_std: positive, a number or a tensor that broadcasts to ``(T, E)``.
+        noise_std: positive, a number or a floating tensor that broadcasts to ``(T, E)``.
         top_k: K, below E.
         mask: as in :func:`load_balance_loss`.
         group: as in :func:`load_balance_loss`.
@@ -164,7 +164,7 @@ def load_loss(
         A scalar; 0 where no token counts.
 
     Raises:
-        TypeError: logits are not floating tensors, or ``top_k`` is not an int.
+        TypeError: a tensor is not floating, or ``top_k`` is not an int.
         ValueError: shapes differ, or K is not from 1 to E − 1.
     """
     check_shape("logits", logits, (None, None), "(T, E)")
@@ -176,6 +176,7 @@ def load_loss(
     if not isinstance(noise_std, torch.Tensor):
         check_number("noise_std", noise_std)
     else:
+        check_floating("noise_std", noise_std)
         check_same_device(logits=logits, noise_std=noise_std)
         wide, given = logits.shape, noise_std.shape
         pairs = zip(reversed(given), reversed(wide), strict=False)
