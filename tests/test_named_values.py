@@ -156,6 +156,10 @@ def test_clipping_beyond_the_range_of_a_gradient_changes_nothing(backend):
 def test_any_capacity_is_all_tokens():
     """Of a factor that would overflow times the tokens per expert."""
     assert nn.expert_choice(torch.zeros(6, 2), 1e308).counts.tolist() == [6, 6]
+    logits = torch.tensor([[1.0, 0.0]]).expand(33, 2)
+    assert nn.softmax_prototypes(logits, 1, capacity_factor=1e308).expert_ids.tolist() == [[0]] * 33
+    router = nn.ClusterRouter(4, 2, 1, capacity_factor=1e308)
+    assert router(torch.randn(9, 4)).counts.sum() == 9
 
 
 def test_more_experts_than_ids_take_no_time():

@@ -141,7 +141,7 @@ def time_exchange(
         return times.tolist()
 
     each = slowest(WARMUP)[-1]
-    calls = max(REPEATS[0], min(REPEATS[1], int(budget / each)))
+    calls = max(REPEATS[0], int(min(REPEATS[1], budget / each)))
     times = sorted(slowest(calls))
     return Sample(
         collective, nbytes, fitted, statistics.median(times), times[calls // 5], times[-1 - calls // 5], calls

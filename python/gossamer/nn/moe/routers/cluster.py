@@ -10,7 +10,7 @@ from torch import nn
 
 from gossamer._checks import check_fits, check_number, check_positive, check_seed
 from gossamer._parameters import factory_of, new_parameter
-from gossamer.nn.moe.capacity import check_capacity_factor, limit_capacity
+from gossamer.nn.moe.capacity import check_capacity_factor, expert_capacity, limit_capacity
 from gossamer.nn.moe.routers.base import StepCount
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, as_logits
@@ -156,7 +156,7 @@ class ClusterRouter(StepCount, LinearRouter):
         routing = Routing(ids, weights, self.num_experts, logits, residual=1 - weights.squeeze(1))
         if self.capacity_factor is None or routing.num_tokens == 0:
             return routing
-        capacity = max(1, int(self.capacity_factor * (routing.num_tokens / self.num_experts)))
+        capacity = max(1, expert_capacity(routing.num_tokens, 1, self.num_experts, self.capacity_factor))
         limited = limit_capacity(routing, capacity=capacity)
         weights = weights.masked_fill(limited.expert_ids >= self.num_experts, 0.0)
         return limited.replaced(weights=weights, residual=1 - weights.squeeze(1))

@@ -67,7 +67,9 @@ def softmax_prototypes(logits: torch.Tensor, num_prototypes: int, *, capacity_fa
         return routing
     if num_tokens * num_prototypes > MAX_ROWS:
         raise ValueError(f"logits must choose at most {MAX_ROWS} slots, got T*Z = {num_tokens * num_prototypes}")
-    limited = limit_capacity(routing, capacity=math.ceil(capacity_factor * num_tokens / size))
+    # No more than all tokens, of a factor that would overflow too.
+    capacity = math.ceil(min(capacity_factor * num_tokens / size, num_tokens))
+    limited = limit_capacity(routing, capacity=capacity)
     return limited.replaced(weights=weights.masked_fill(limited.expert_ids >= num_experts, 0.0))
 
 
