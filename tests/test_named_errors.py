@@ -486,6 +486,11 @@ NUMBERS = {
         "max_norm must be a number, got NoneType",
     ),
     "parameters": (lambda: parallel.clip_grad_norm_([1], 1.0), TypeError, "parameters must be a torch.Tensor, got int"),
+    "layers to prune": (
+        lambda: nn.PruneAndRegrow(torch.tensor(1.0), torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), until=1),
+        TypeError,
+        "model must be a torch.nn.Module or layers of one, got Tensor",
+    ),
     "a model of tables": (
         lambda: parallel.measure_lookups([1]).__enter__(),
         TypeError,

@@ -148,7 +148,8 @@ class ServedModel(nn.Module):
             TypeError: ``names`` is a str, or holds something else.
             ValueError: a name is unknown, or :meth:`close` was called.
         """
-        if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
+        iterable = isinstance(names, Iterable) and not isinstance(names, (str, torch.Tensor))
+        if not iterable or not all(isinstance(n, str) for n in names):
             raise TypeError(f"names must be an iterable of str, got {names!r}")
         names = set(names)
         with self._running.change():

@@ -120,7 +120,7 @@ class PruneAndRegrow:
         for name in ("fraction", "final_fraction"):
             check_number(name, getattr(self, name), least=0, most=1)
         check_seed(seed)
-        if not isinstance(model, (nn.Module, Iterable)):
+        if not isinstance(model, (nn.Module, Iterable)) or isinstance(model, torch.Tensor):
             raise TypeError(f"model must be a torch.nn.Module or layers of one, got {type(model).__name__}")
         if not callable(getattr(optimizer, "step", None)) or not hasattr(optimizer, "state"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
