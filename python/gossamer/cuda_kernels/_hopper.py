@@ -73,7 +73,7 @@ class Operands:
 
 def routing(groups: Groups) -> tuple[int, int, int, int, int]:
     """``(slots, offsets, R, E, T·K)`` of a dispatch, whose tensors are contiguous int32."""
-    return *native_groups(groups.slots, groups.offsets), groups.rows.shape[0]
+    return native_groups(groups.slots, groups.offsets, groups.rows.shape[0])
 
 
 def with_depth(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
