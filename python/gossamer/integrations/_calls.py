@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 
@@ -31,9 +32,12 @@ def _current(slot: Slot) -> object:
     return values.get(slot)
 
 
-_read = torch.compiler.disable(
-    _current, reason="graphs guard values of threads only, which torch before 2.13 and asyncio tasks do not have"
-)
+@functools.cache
+def _between_graphs() -> Callable[[Slot], object]:
+    """:func:`_current` outside graphs. Made only when it is needed, since it imports torch's compiler, with Triton."""
+    return torch.compiler.disable(
+        _current, reason="graphs guard values of threads only, which torch before 2.13 and asyncio tasks do not have"
+    )
 
 
 def _in_task() -> bool:
@@ -56,7 +60,8 @@ class Slot:
 
     def __init__(self) -> None:
         self._local = _Local()
-        self._shared = not _GUARDS_LOCALS
+        # Reads the value for compiled code; None while a guard on the thread's value does.
+        self._read = None if _GUARDS_LOCALS else _between_graphs()
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()
@@ -64,7 +69,7 @@ class Slot:
     def get(self) -> object:
         """The value, or None."""
         if is_dynamo_compiling():
-            return _read(self) if self._shared else self._local.value
+            return self._local.value if self._read is None else self._read(self)
         return _current(self)
 
     def assign(self, value: object, *, user_block: bool = False) -> None:
@@ -76,8 +81,8 @@ class Slot:
         """
         _values.get()[self] = value
         self._local.value = value
-        if user_block and not self._shared and _in_task():
-            self._shared = True
+        if user_block and self._read is None and _in_task():
+            self._read = _between_graphs()
 
 
 @contextlib.contextmanager
