@@ -99,6 +99,10 @@ VALUES = {
         r"initial_accumulator must fit torch\.float32, got 1e\+39",
     ),
     "an alpha": (lambda: nn.LoRALinear(4, 4, 2, alpha=1e308, dora=True), r"alpha must fit torch\.float32, got 1e\+308"),
+    "rates": (
+        lambda: nn.SelfReferentialLinear(4, 2, rate_init=1e308),
+        r"rate_init must fit torch\.float32, got 1e\+308",
+    ),
     "digits that Python does not print": (
         lambda: nn.Experts(1, 10**5000, 16),
         "hidden_size must be at most 9223372036854775807, got an int of 16610 bits",

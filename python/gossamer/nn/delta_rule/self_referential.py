@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer._checks import check_flag, check_input, check_number, check_shape, check_widths
+from gossamer._checks import check_fits, check_flag, check_input, check_number, check_shape, check_widths
 from gossamer._parameters import factory_of, new_parameter
 from gossamer.ops.self_referential import self_referential
 
@@ -35,7 +35,8 @@ class SelfReferentialLinear(nn.Module):
 
     Raises:
         TypeError: a size is not an int.
-        ValueError: a size is below 1, or ``hidden_size`` is not a multiple of ``num_heads``.
+        ValueError: a size is below 1, ``hidden_size`` is not a multiple of ``num_heads``, or ``rate_init`` does not fit
+            the dtype.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class SelfReferentialLinear(nn.Module):
         d = self.head_dim
         factory = factory_of(device, dtype)
         self.weight = new_parameter(num_heads, d, 3 * d + 4, **factory)
+        check_fits("rate_init", rate_init, self.weight.dtype)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False, **factory)
         self.norm = nn.LayerNorm(hidden_size, **factory)
         self.dropout = nn.Dropout(dropout)
