@@ -151,8 +151,8 @@ void zero_empty(const Groups& groups, void* gradient, int64_t rows, int64_t cols
   const auto mine = team.share(rows, kGroup);
   for (int64_t e = 0; e < groups.num_experts; ++e) {
     if (groups.offsets[e] != groups.offsets[e + 1]) continue;
-    T* to = static_cast<T*>(gradient) + (e * rows + mine.begin) * cols;
-    std::memset(static_cast<void*>(to), 0, (mine.end - mine.begin) * cols * sizeof(T));
+    // Unlike memset, which may take no null pointer, also for matrices without elements.
+    std::fill_n(static_cast<T*>(gradient) + (e * rows + mine.begin) * cols, (mine.end - mine.begin) * cols, T{});
   }
 }
 
