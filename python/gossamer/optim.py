@@ -143,7 +143,7 @@ class Optimizer:
             num_rows: N.
             dim: D.
             device: the table's device.
-            dtype: float32; float64 for a float64 table.
+            dtype: float32; float64 for a float64 table. An ``initial_accumulator`` must fit it.
 
         Returns:
             ``"step"``, ``(1,)`` int64, and the tensors that :meth:`state_kinds` names. Each of the latter may be
@@ -153,6 +153,8 @@ class Optimizer:
         check_sizes(num_rows=num_rows, dim=dim)
         check_device("device", device)
         check_dtype("dtype", dtype)
+        # The only initial value that is not 0.
+        check_fits("initial_accumulator", self.initial_value(), dtype or torch.get_default_dtype())
         shapes = {"full": (num_rows, dim), "row": (num_rows,)}
         state = {"step": torch.zeros(1, dtype=torch.int64, device=device)}
         for name, kind in self.state_kinds().items():
@@ -211,18 +213,6 @@ class Adagrad(Optimizer):
     def initial_value(self) -> float:
         """The accumulator's initial value."""
         return float(self.initial_accumulator)
-
-    def state(
-        self,
-        num_rows: int,
-        dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> dict[str, torch.Tensor]:
-        """As in the base class; ``initial_accumulator`` must fit ``dtype``."""
-        check_dtype("dtype", dtype)
-        check_fits("initial_accumulator", self.initial_value(), dtype or torch.get_default_dtype())
-        return super().state(num_rows, dim, device, dtype)
 
 
 @dataclass(frozen=True)
