@@ -8,6 +8,7 @@ import warnings
 import torch
 
 from gossamer._checks import check_floating, check_number, check_positive, check_same_device, check_shape
+from gossamer.nn.moe.capacity import expert_capacity
 from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, as_logits, route_where, softmax_probabilities
 from gossamer.ops.topk_routing import choose_tokens, live_experts
@@ -44,7 +45,7 @@ def expert_choice(logits: torch.Tensor, capacity_factor: float) -> Routing:
     _check_factor(capacity_factor)
     logits = as_logits(logits)
     num_tokens, num_experts = logits.shape
-    capacity = min(num_tokens, max(1, int(min(num_tokens, capacity_factor * (num_tokens / num_experts)))))
+    capacity = min(num_tokens, max(1, expert_capacity(num_tokens, 1, num_experts, capacity_factor)))
     probabilities = softmax_probabilities(logits)
     chosen = choose_tokens(logits, probabilities.detach(), capacity)
     return route_where(chosen, probabilities, logits=logits, max_rows=num_experts * capacity)
