@@ -10,10 +10,6 @@ from gossamer.nn.moe.routers.linear import LinearRouter
 from gossamer.nn.moe.routing import Routing, check_rows_per_token, check_share, row_bound, softmax_until
 
 
-def _check_null_experts(null_experts: int) -> None:
-    check_lengths(null_experts=null_experts)
-
-
 def softmax_threshold(
     logits: torch.Tensor, threshold: float, *, max_experts: int | None = None, null_experts: int = 0
 ) -> Routing:
@@ -41,7 +37,7 @@ def softmax_threshold(
             the CPU, a logit is NaN or +inf.
     """
     check_share("threshold", threshold)
-    _check_null_experts(null_experts)
+    check_lengths(null_experts=null_experts)
     all_experts = last_size("logits", logits, "(..., E + null_experts)")
     most_experts(all_experts, max_experts)
     if all_experts <= null_experts:
@@ -89,7 +85,7 @@ class ThresholdRouter(LinearRouter):
     ) -> None:
         check_share("threshold", threshold)
         check_rows_per_token(rows_per_token)
-        _check_null_experts(null_experts)
+        check_lengths(null_experts=null_experts)
         most_experts(num_experts, None)
         all_experts = num_experts + null_experts
         slots = most_experts(all_experts, max_experts)
